@@ -1,0 +1,183 @@
+"""Running a tableau: a few fused in-place operations a step, and no schedule arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser, checked_output
+from .noise import Noise
+from .reverse import ReverseSDE
+from .tableau import Draw, Tableau, Terms
+
+_THE_STATE: Terms = ((0, 1.0),)
+_storage_users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def run(
+    tableau: Tableau, process: ReverseSDE, x: Tensor, noise: Noise
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (t, x_t) after each row, every state a tensor of its own."""
+    registers = [x]
+    for s in _advance(tableau, process, registers, noise, reuse=False):
+        yield s, registers[0]
+
+
+def finish(
+    tableau: Tableau, process: ReverseSDE, x: Tensor, noise: Noise, final: list[Tensor]
+) -> Iterator[Tensor]:
+    """Yield s after each row; the last state is put into `final`.
+
+    Buffers are reused where nobody else holds them; x itself is left alone.
+    """
+    registers = [x]
+    yield from _advance(tableau, process, registers, noise, reuse=_storage_users is not None)
+    final.append(registers[0])
+
+
+def _advance(
+    tableau: Tableau, process: ReverseSDE, registers: list[Tensor], noise: Noise, reuse: bool
+) -> Iterator[Tensor]:
+    """Run the rows; between them `registers` holds the state and the memory."""
+    first = registers[0]
+    shape, dtype = first.shape, first.dtype
+    ask, times = _asker(tableau, process.score, first)
+    spare: list[Tensor] = []
+    references, storage_users = sys.getrefcount, _storage_users or len
+    k = 0
+    program = _program(tableau)
+    recycles = reuse and any(_takes_buffers(row) for row in program)
+    for (s, operations, memory, i, c, rest), scale in zip(
+        program, _scales(tableau, dtype), strict=True
+    ):
+        held = len(registers)
+        lent: list[Tensor] = []
+        for terms, interval in operations:
+            if interval is not None:
+                registers.append(noise(*interval))
+                continue
+            if terms is None:
+                answer = ask(registers[0], times[k])
+            else:
+                lent.append(_combine(terms, registers, spare))
+                answer = ask(lent[-1], times[k])
+            k += 1
+            if answer.__class__ is not Tensor or answer.shape != shape or answer.dtype != dtype:
+                answer = checked_output("score", answer, first)
+            registers.append(answer)
+            del answer
+        if memory:
+            kept = [
+                registers[m] if m.__class__ is int else _combine(m, registers, spare)
+                for m in memory
+            ]
+        if (
+            reuse
+            and i == 0
+            and references(registers[0]) == _ONE_HOLDER
+            and storage_users(registers[0].untyped_storage()._cdata) == 2
+        ):
+            x = registers[0] if c == 1.0 else registers[0].mul_(scale)
+        else:
+            x = torch.mul(registers[i], scale)
+        for i, c in rest:
+            x.add_(registers[i], alpha=c)
+        if recycles:
+            lent += registers[1:held]
+        if memory:
+            registers[:] = (x, *kept)
+            del x, kept
+        else:
+            registers[:] = (x,)
+            del x
+        if lent and recycles:
+            spare += [lent[j] for j in range(len(lent)) if len(spare) < 2 and _alone(lent, j)]
+        yield s
+
+
+def _program(tableau: Tableau) -> Any:
+    """The rows, flattened for the loop: (s, operations, memory, i, c, rest) where the new state is
+    c register_i + rest. An operation is (combination, or None for the state; None) or a draw
+    (None; its interval); a memory is a combination, or the number of a register as it is."""
+    if tableau.program is None:
+        rows = []
+        for row in tableau.rows:
+            operations = tuple(
+                (None, (op.t, op.s))
+                if isinstance(op, Draw)
+                else (None if op.terms == _THE_STATE else op.terms, None)
+                for op in row.operations
+            )
+            memory = tuple(
+                terms[0][0] if len(terms) == 1 and terms[0][1] == 1.0 else terms
+                for terms in row.memory
+            )
+            (i, c), *rest = row.state
+            rows.append((row.s, operations, memory, i, c, tuple(rest)))
+        object.__setattr__(tableau, "program", tuple(rows))
+    return tableau.program
+
+
+def _scales(tableau: Tableau, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The c of every row. A 0-dim tensor multiplies a small state twice as fast as a number
+    does; half precision keeps numbers, which are not rounded to it."""
+    if dtype not in tableau.scales:
+        numbers = [row[4] for row in _program(tableau)]
+        wide = dtype in (torch.float32, torch.float64)
+        tableau.scales[dtype] = (
+            torch.tensor(numbers, dtype=dtype).unbind(0) if wide else tuple(numbers)
+        )
+    return tableau.scales[dtype]
+
+
+def _takes_buffers(row: Any) -> bool:
+    _, operations, memory, *_ = row
+    return any(terms for terms, _ in operations) or any(not isinstance(m, int) for m in memory)
+
+
+def _combine(terms: Terms, registers: list[Tensor], spare: list[Tensor]) -> Tensor:
+    """sum_i c_i register_i, in a spare buffer if there is one."""
+    (i, c), *rest = terms
+    if c == 1.0 and not rest:
+        return registers[i]
+    out = spare.pop() if spare else None
+    if c == 1.0:
+        (j, b), *rest = rest
+        total = torch.add(registers[i], registers[j], alpha=b, out=out)
+    else:
+        total = torch.mul(registers[i], c, out=out)
+    for j, b in rest:
+        total.add_(registers[j], alpha=b)
+    return total
+
+
+def _alone(held: list[Tensor], i: int) -> bool:
+    """Whether this list is the only holder of its i-th tensor, and that of its storage."""
+    if sys.getrefcount(held[i]) != _ONE_HOLDER:
+        return False
+    assert _storage_users is not None
+    return _storage_users(held[i].untyped_storage()._cdata) == 2
+
+
+def _holders(held: list[Tensor], i: int) -> int:
+    return sys.getrefcount(held[i])
+
+
+_ONE_HOLDER = _holders([torch.empty(0)], 0)
+
+
+def _asker(tableau: Tableau, score: Any, x: Tensor) -> tuple[Callable[..., Any], Any]:
+    """What was traced (the bare network, the denoiser or the score), and its times.
+
+    A network sees times of shape (B,) in the dtype and on the device of x: sent there at once.
+    """
+    if type(score) is Denoiser:
+        column = tableau.host_times.to(dtype=x.dtype, device=x.device)
+        return score.net, column.unsqueeze(1).repeat(1, x.shape[0]).unbind(0)
+    if callable(getattr(score, "denoise", None)):
+        return score.denoise, tableau.times
+    return score, tableau.times

@@ -1,0 +1,393 @@
+"""The tableau of a linear solver: traced from `step` once, run as fused updates.
+
+Almost every diffusion sampler computes x_s = a x + sum_j b_j F_j + c z with numbers that depend on
+the grid alone. Running `step` on symbols (the state is e_0, the k-th network output the next unit
+vector, each noise another) brings those numbers out: the tableau, as a Butcher table is for
+Runge-Kutta. A step that does anything else with its symbols is not linear and keeps its plain loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .errors import GridError
+from .reverse import ReverseSDE
+from .sde import SDE, GaussianSDE
+from .solver import StepSolver
+
+Terms = tuple[tuple[int, float], ...]
+"""A linear combination: (register, coefficient) pairs."""
+
+
+class NotLinear(Exception):
+    """A step did something with a symbol that is not a linear combination."""
+
+
+class Symbol:
+    """A linear combination of the registers of one step, standing in for a tensor."""
+
+    __slots__ = ("frame", "terms")
+
+    def __init__(self, terms: dict[int, float], frame: object) -> None:
+        self.terms, self.frame = terms, frame
+
+    def _plus(self, other: Any, scale: float = 1.0) -> Symbol:
+        if not isinstance(other, Symbol) or other.frame is not self.frame:
+            raise NotLinear("a sum with something that is not linear in this step's quantities")
+        terms = dict(self.terms)
+        for i, c in other.terms.items():
+            terms[i] = terms.get(i, 0.0) + scale * c
+        return Symbol(terms, self.frame)
+
+    def _times(self, scale: Any) -> Symbol:
+        c = _scalar(scale)
+        return Symbol({i: c * own for i, own in self.terms.items()}, self.frame)
+
+    def __add__(self, other: Any) -> Symbol:
+        return self if _is_zero(other) else self._plus(other)
+
+    def __sub__(self, other: Any) -> Symbol:
+        return self if _is_zero(other) else self._plus(other, -1.0)
+
+    def __rsub__(self, other: Any) -> Symbol:
+        return (-self) + other
+
+    def __neg__(self) -> Symbol:
+        return self._times(-1.0)
+
+    def __mul__(self, scale: Any) -> Symbol:
+        return self._times(scale)
+
+    def __truediv__(self, scale: Any) -> Symbol:
+        c = _scalar(scale)
+        return self._times(1.0 / c if c else math.inf)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def lerp(self, end: Any, weight: Any) -> Symbol:
+        return self + _scalar(weight) * (end - self)
+
+    def clone(self) -> Symbol:
+        return self
+
+    detach = clone
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotLinear(f"the step uses .{name} of a state, which a trace does not follow")
+
+    def __bool__(self) -> bool:
+        raise NotLinear("the step branches on a state")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """0-dim tensor * symbol, torch.lerp(symbol, ...) and their like arrive here."""
+        name = func.__name__.strip("_").rstrip("_")
+        if name in _TORCH and not kwargs:
+            return _TORCH[name](*args)
+        raise NotLinear(f"the step calls torch's {func.__name__} on a state")
+
+
+_TORCH: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: b + a,
+    "radd": lambda a, b: b + a,
+    "sub": lambda a, b: a - b if isinstance(a, Symbol) else -b + a,
+    "rsub": lambda a, b: b - a if isinstance(b, Symbol) else -a + b,
+    "mul": lambda a, b: b * a if isinstance(b, Symbol) else a * b,
+    "rmul": lambda a, b: b * a if isinstance(b, Symbol) else a * b,
+    "div": lambda a, b: a / b if isinstance(a, Symbol) else _refuse(),
+    "truediv": lambda a, b: a / b if isinstance(a, Symbol) else _refuse(),
+    "true_divide": lambda a, b: a / b if isinstance(a, Symbol) else _refuse(),
+    "neg": lambda a: -a,
+    "negative": lambda a: -a,
+    "lerp": lambda a, b, w: a.lerp(b, w),
+    "zeros_like": lambda a: a * 0.0,
+    "clone": lambda a: a,
+    "detach": lambda a: a,
+}
+
+
+def _refuse() -> Any:
+    raise NotLinear("the step divides by a state")
+
+
+def _scalar(value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.ndim or (value.requires_grad and torch.is_grad_enabled()):
+            raise NotLinear("a coefficient is not a plain number")
+        return float(value)
+    if isinstance(value, Symbol):
+        raise NotLinear("the step multiplies two states")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise NotLinear(f"a coefficient is a {type(value).__name__}") from error
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, Symbol | Tensor) and value == 0
+
+
+# ---- the table
+
+
+class Evaluation(NamedTuple):
+    """Ask the network at a combination of registers; the answer is the next register."""
+
+    terms: Terms
+    time: Tensor
+
+
+class Draw(NamedTuple):
+    """Draw unit normals for [t, s]; they are the next register."""
+
+    t: Tensor
+    s: Tensor
+
+
+class Row(NamedTuple):
+    """One step: operations in their order, then the new state and the new memory."""
+
+    t: Tensor
+    s: Tensor
+    operations: tuple[Evaluation | Draw, ...]
+    state: Terms
+    memory: tuple[Terms, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Tableau:
+    """The numbers of one solver, process and grid. Register 0 of a row is the state; then come
+    the memory, and the answers of the row's operations, in their order."""
+
+    rows: tuple[Row, ...]
+    program: Any = None
+    scales: dict[Any, Any] = field(default_factory=dict)
+    """`program` and `scales` are what `fused` keeps for its loop."""
+
+    @cached_property
+    def times(self) -> tuple[Tensor, ...]:
+        """The time of every evaluation of a run, as the network sees it."""
+        return tuple(
+            op.time for row in self.rows for op in row.operations if isinstance(op, Evaluation)
+        )
+
+    @cached_property
+    def host_times(self) -> Tensor:
+        """The same times as one float64 tensor on the host."""
+        return torch.stack(self.times) if self.times else torch.empty(0, dtype=torch.float64)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of a whole run."""
+        return len(self.times)
+
+
+# ---- tracing
+
+
+class _Recorder:
+    """Stands in for the network and for the noise while a step is traced."""
+
+    def __init__(self) -> None:
+        self.begin(0)
+
+    def begin(self, memory: int) -> None:
+        self.frame, self.count = object(), 1 + memory
+        self.operations: list[Evaluation | Draw] = []
+
+    def register(self, i: int) -> Symbol:
+        return Symbol({i: 1.0}, self.frame)
+
+    def _next(self) -> Symbol:
+        self.count += 1
+        return self.register(self.count - 1)
+
+    def __call__(self, x: Any, t: Tensor) -> Symbol:
+        if not isinstance(x, Symbol) or x.frame is not self.frame:
+            raise NotLinear("the score is asked at something that is not this step's state")
+        self.operations.append(Evaluation(_terms(x), torch.as_tensor(t, dtype=torch.float64)))
+        return self._next()
+
+    def noise(self, t: Tensor, s: Tensor) -> Symbol:
+        self.operations.append(Draw(t, s))
+        return self._next()
+
+
+class _RecordingDenoiser:
+    """A recorder with the face of an object that denoises."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.denoise = recorder
+
+
+def _terms(x: Symbol) -> Terms:
+    kept = tuple(sorted((i, c) for i, c in x.terms.items() if c != 0.0))
+    return kept or ((0, 0.0),)
+
+
+def trace(solver: StepSolver, process: SDE, ts: Tensor) -> Tableau | None:
+    """The tableau of `solver` on `process` along `ts`; None where the step is not linear.
+
+    Raises a GridError where a coefficient is infinite, before any evaluation.
+    """
+    if not isinstance(process, ReverseSDE) or not isinstance(process.forward, GaussianSDE):
+        return None
+    key = _key(solver, process, ts)
+    if key is not None:
+        with _LOCK:
+            if key in _CACHE:
+                _CACHE.move_to_end(key)
+                return _CACHE[key]
+    try:
+        tableau = _trace(solver, process, ts)
+    except NotLinear:
+        tableau = None
+    if key is not None:
+        with _LOCK:
+            _CACHE[key] = tableau
+            if len(_CACHE) > 64:
+                _CACHE.popitem(last=False)
+    return tableau
+
+
+def _trace(solver: StepSolver, process: ReverseSDE, ts: Tensor) -> Tableau:
+    recorder = _Recorder()
+    score = process.score
+    if type(score) is Denoiser:
+        process = process.with_score(replace(score, net=recorder))  # type: ignore[arg-type]
+    elif process.denoises:
+        process = process.with_score(_RecordingDenoiser(recorder))
+    else:
+        process = process.with_score(recorder)
+    rows: list[Row] = []
+    memory = solver.init(process, recorder.register(0), ts)  # type: ignore[arg-type]
+    for t, s in zip(ts[:-1], ts[1:], strict=True):
+        held: list[Symbol] = []
+        slots: dict[int, int] = {}
+        layout = _map(memory, lambda leaf: _slot(leaf, held, slots))  # noqa: B023
+        if rows:
+            rows[-1] = rows[-1]._replace(memory=tuple(map(_terms, held)))
+        elif held:
+            raise NotLinear("init puts a state into the memory")
+        recorder.begin(len(held))
+        memory = _map(layout, lambda slot: recorder.register(slot.i))
+        x: Any
+        x, memory = solver.step(process, recorder.register(0), t, s, recorder.noise, memory)  # type: ignore[arg-type]
+        if not isinstance(x, Symbol) or x.frame is not recorder.frame:
+            raise NotLinear("the step returns something that is not this step's state")
+        rows.append(Row(t, s, tuple(recorder.operations), _terms(x)))
+        _check_finite(rows[-1], solver, process)
+    return Tableau(tuple(_normalised(rows)))
+
+
+def _normalised(rows: list[Row]) -> Iterator[Row]:
+    """The same rows with each remembered combination in units of its largest coefficient, which
+    saves an operation a step; in half precision no other unit is sure not to overflow."""
+    units = {0: 1.0}
+
+    def convert(terms: Terms) -> Terms:
+        return tuple((i, c * units.get(i, 1.0)) for i, c in terms)
+
+    for row in rows:
+        operations = tuple(
+            op._replace(terms=convert(op.terms)) if isinstance(op, Evaluation) else op
+            for op in row.operations
+        )
+        state, memory = convert(row.state), tuple(map(convert, row.memory))
+        memory = tuple(tuple(sorted(terms, key=lambda term: -abs(term[1]))) for terms in memory)
+        units = {0: 1.0} | {j: terms[0][1] or 1.0 for j, terms in enumerate(memory, 1)}
+        memory = tuple(
+            tuple((i, c / units[j]) for i, c in terms) for j, terms in enumerate(memory, 1)
+        )
+        yield Row(row.t, row.s, operations, state, memory)
+
+
+class _Slot(NamedTuple):
+    i: int
+
+
+def _slot(leaf: Symbol, held: list[Symbol], slots: dict[int, int]) -> _Slot:
+    """A place among the registers for a remembered symbol; the same symbol gets one place."""
+    if id(leaf) not in slots:
+        held.append(leaf)
+        slots[id(leaf)] = len(held)
+    return _Slot(slots[id(leaf)])
+
+
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """`change` applied to the symbols, or slots, in nested tuples, lists and dicts."""
+    if isinstance(tree, Symbol | _Slot):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {name: _map(value, change) for name, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_map(value, change) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map(value, change) for value in tree)
+    return tree
+
+
+def _check_finite(row: Row, solver: StepSolver, process: ReverseSDE) -> None:
+    combinations = [op.terms for op in row.operations if isinstance(op, Evaluation)] + [row.state]
+    times = [op.time for op in row.operations if isinstance(op, Evaluation)]
+    if all(math.isfinite(c) for terms in combinations for _, c in terms) and all(
+        math.isfinite(float(time)) for time in times
+    ):
+        return
+    sde = process.gaussian
+    ends = ", ".join(
+        f"alpha({float(u):.6g}) = {float(sde.alpha(u)):.3g}, sigma = {float(sde.sigma(u)):.3g}"
+        for u in (row.t, row.s)
+    )
+    raise GridError(
+        f"ts: the step of {type(solver).__name__} from t={float(row.t):.6g} to "
+        f"s={float(row.s):.6g} has an infinite coefficient ({ends}); keep the grid away from that "
+        "end with t_max or t_min, or use a solver or prediction that stays finite there"
+    )
+
+
+# ---- remembering tableaux
+
+_CACHE: OrderedDict[Any, Tableau | None] = OrderedDict()
+_LOCK = Lock()
+
+
+def _key(solver: StepSolver, process: ReverseSDE, ts: Tensor) -> Any:
+    """What a tableau depends on, if all of that is plain values; otherwise None: not remembered."""
+    score: Any = process.score
+    kind: Any
+    if type(score) is Denoiser:
+        kind = (score.prediction, score.sigma_data)
+    else:
+        kind = "denoise" if process.denoises else "score"
+    parts = (solver, process.forward, process.eta)
+    if type(process) is not ReverseSDE or not all(map(_is_value, parts)):
+        return None
+    return (*parts, kind, ts.numpy().tobytes())
+
+
+def _is_value(obj: Any) -> bool:
+    """Whether equality of such objects means that they compute the same."""
+    if obj is None or isinstance(obj, bool | int | float | str):
+        return True
+    if isinstance(obj, tuple):
+        return all(map(_is_value, obj))
+    parameters = getattr(type(obj), "__dataclass_params__", None)
+    if is_dataclass(obj) and parameters is not None and parameters.frozen and parameters.eq:
+        compared = {field.name for field in fields(obj) if field.compare}
+        return compared >= vars(obj).keys() and all(
+            _is_value(getattr(obj, name)) for name in compared
+        )
+    return False
