@@ -1,0 +1,52 @@
+"""The core's own SDEs, grids and generic solvers, offered through the same door as any plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sdeflow import backends, grid, processes, solvers
+from sdeflow.plugins import hookimpl
+
+
+@hookimpl
+def sdeflow_sdes() -> dict[str, Callable[..., Any]]:
+    return {
+        "vp": processes.VP,
+        "sub_vp": processes.SubVP,
+        "ve": processes.VE,
+        "cosine": processes.Cosine,
+        "edm": processes.EDM,
+        "rectified_flow": processes.RectifiedFlow,
+        "ou": processes.OU,
+        "gbm": processes.GBM,
+    }
+
+
+@hookimpl
+def sdeflow_grids() -> dict[str, Callable[..., Any]]:
+    return dict(grid.GRIDS)
+
+
+@hookimpl
+def sdeflow_solvers() -> dict[str, Callable[..., Any]]:
+    named: dict[str, Callable[..., Any]] = {
+        "euler_maruyama": solvers.EulerMaruyama,
+        "heun": solvers.Heun,
+        "torchdiffeq": backends.TorchDiffEq,
+        "torchsde": backends.TorchSDE,
+    }
+    for method in backends.ODE_METHODS:
+        named[f"torchdiffeq_{method}"] = _preset(backends.TorchDiffEq, "torchdiffeq", method)
+    for method in backends.SDE_METHODS:
+        named[f"torchsde_{method}"] = _preset(backends.TorchSDE, "torchsde", method)
+    return named
+
+
+def _preset(solver: Callable[..., Any], library: str, method: str) -> Callable[..., Any]:
+    def build(**options: Any) -> Any:
+        return solver(method=method, **options)
+
+    build.__name__ = f"{library}_{method}"
+    build.__doc__ = f"{library}'s {method}."
+    return build
