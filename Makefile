@@ -18,7 +18,7 @@ help:
 	@echo "make bench   side-by-side timings    make format  format the code    make clean"
 
 demo: $(VENV)/.package
-	$(BIN)/sdeflow demo
+	OMP_WAIT_POLICY=passive $(BIN)/sdeflow demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

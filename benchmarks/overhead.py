@@ -146,8 +146,8 @@ def main():
     lines = [
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python "
         f"{platform.python_version()}, one thread of a CPU, float32; medians of {args.repeats}.",
-        "The minimum in microseconds a step at 50 steps; the others as ratios to it, whole calls and",
-        "(a step) the slope between 20 and 50 steps.",
+        "The minimum in microseconds a step at 50 steps; the others as ratios to it: whole calls,",
+        "and (a step) the slope between 20 and 50 steps.",
         "",
         head,
         "|---|---|---|---|---|---|---|",

@@ -6,7 +6,7 @@ n-th and last step goes on to t = 0, where sigma = 0. Any grid serves any solver
 
 from __future__ import annotations
 
-import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, GridError, positive_int
+from .errors import ArgumentError, GridError, did_you_mean, positive_int
 from .sde import SDE, GaussianSDE, single_log_snr
 
 Shape = Callable[..., Tensor]
@@ -30,7 +30,13 @@ class Grid(Protocol):
 def grid(shape: Shape) -> Grid:
     """Make a grid of shape(sde, t_max, t_min, u, **options), u = 0, 1/n, ..., 1."""
 
-    @functools.wraps(shape)
+    options_of_shape = [
+        parameter
+        for parameter in inspect.signature(shape).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    known = [parameter.name for parameter in options_of_shape]
+
     def build(
         sde: SDE,
         n: int,
@@ -41,6 +47,12 @@ def grid(shape: Shape) -> Grid:
         **options: Any,
     ) -> Tensor:
         n = positive_int("steps", n)
+        for option in options:
+            if option not in known:
+                raise ArgumentError(
+                    f"grid {build.__name__!r} has no option {option!r}"
+                    f"{did_you_mean(option, [*known, 't_max', 't_min', 'to_zero'])}"
+                )
         high = sde.T if t_max is None else float(t_max)
         low = getattr(sde, "t_min", 0.0) if t_min is None else float(t_min)
         if not 0 <= low < high <= sde.T:
@@ -58,6 +70,13 @@ def grid(shape: Shape) -> Grid:
             times = torch.cat((times, torch.zeros(1, dtype=torch.float64)))
         return check_grid(times)
 
+    # What the grid is called and takes is told by the shape's name, docstring and options.
+    signature = inspect.signature(build)
+    common = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    build.__signature__ = signature.replace(parameters=common + options_of_shape)  # type: ignore[attr-defined]
+    build.__annotations__ |= {p.name: p.annotation for p in options_of_shape}
+    build.__name__, build.__doc__ = shape.__name__, shape.__doc__
+    build.__qualname__, build.__module__ = shape.__qualname__, shape.__module__
     return build
 
 

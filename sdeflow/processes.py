@@ -119,7 +119,7 @@ class Cosine(GaussianSDE):
 
 @dataclass(frozen=True)
 class EDM(GaussianSDE):
-    """alpha = 1, sigma = t: time is the noise level. T = 80, t_min = 0.002.
+    """The process of EDM: alpha = 1, sigma = t, so that time is the noise level.
 
     Source: Karras et al. (2022, EDM), table 1.
     """
@@ -139,7 +139,7 @@ class EDM(GaussianSDE):
 
 @dataclass(frozen=True)
 class RectifiedFlow(GaussianSDE):
-    """Straight paths, alpha = 1 - t, sigma = t; with prediction="velocity", flow matching.
+    """Rectified flow: alpha = 1 - t, sigma = t; with prediction="velocity", flow matching.
 
     At t = 1 alpha is 0: the probability flow is regular there, the noise of a reverse SDE is
     not (begin such a grid at t_max = 0.999). Source: Liu et al. (2023); Lipman et al. (2023).

@@ -306,12 +306,15 @@ class _CountedScore:
     """A score, or a denoiser, that counts."""
 
     def __init__(self, score: Any, count: Callable[..., Any]) -> None:
-        self._score = count(score)
+        self._inner, self._score = score, count(score)
         if callable(getattr(score, "denoise", None)):
             self.denoise = count(score.denoise)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self._score(x, t)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def _check_times(process: SDE, ts: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from .solver import Memory, StepSolver
 
 @dataclass(frozen=True)
 class EulerMaruyama(StepSolver):
-    """x_s = x + f(x, t) h + G(x, t) sqrt(|h|) z, h = s - t; Euler's method on an ODE.
+    """The Euler-Maruyama method; Euler's on an ODE.
+
+    x_s = x + f(x, t) h + G(x, t) sqrt(|h|) z,   h = s - t
 
     Strong order 1/2 (1 for additive noise), weak order 1. Source: Maruyama (1955).
     """
@@ -34,7 +36,7 @@ class EulerMaruyama(StepSolver):
 
 @dataclass(frozen=True)
 class Heun(StepSolver):
-    """The trapezoid rule with an Euler predictor; on additive noise, the stochastic Heun scheme.
+    """Heun's method, the trapezoid rule with an Euler predictor; stochastic on additive noise.
 
     u = x + f(x, t) h + G dw,   x_s = x + (f(x, t) + f(u, s)) h/2 + G dw,   G at (t + s)/2
     Order 2 on ODEs, weak order 2 on additive noise; noise that depends on the state is refused,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .errors import GridError
+from .errors import GridError, SdeflowError
 from .reverse import ReverseSDE
 from .sde import SDE, GaussianSDE
 from .solver import StepSolver
@@ -252,7 +252,9 @@ def trace(solver: StepSolver, process: SDE, ts: Tensor) -> Tableau | None:
                 return _CACHE[key]
     try:
         tableau = _trace(solver, process, ts)
-    except NotLinear:
+    except SdeflowError:
+        raise
+    except Exception:  # NotLinear, or what else a symbol cannot stand: the plain loop will tell
         tableau = None
     if key is not None:
         with _LOCK:

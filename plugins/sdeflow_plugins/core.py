@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,6 @@ def sdeflow_solvers() -> dict[str, Callable[..., Any]]:
 
 
 def _preset(solver: Callable[..., Any], library: str, method: str) -> Callable[..., Any]:
-    def build(**options: Any) -> Any:
-        return solver(method=method, **options)
-
-    build.__name__ = f"{library}_{method}"
-    build.__doc__ = f"{library}'s {method}."
+    build = functools.partial(solver, method=method)
+    build.__doc__ = f"The method {method} of {library}."
     return build

@@ -19,8 +19,9 @@ from sdeflow.solver import Memory, StepSolver
 
 @dataclass(frozen=True)
 class DDIM(StepSolver):
-    """x_s = alpha_s D + sqrt(sigma_s^2 - v) eps + sqrt(v) z, v = eta^2 sigma_s^2 (1 - e^{-2h}).
+    """DDIM: the non-Markov step to x_s through the predicted data D, for any eta.
 
+    x_s = alpha_s D + sqrt(sigma_s^2 - v) eps + sqrt(v) z,   v = eta^2 sigma_s^2 (1 - e^{-2h})
     eta is the process's: probability_flow is the deterministic DDIM (and exponential Euler),
     reverse is DDPM with the small variance. The form of v holds for VE too, where the usual print
     gives zero. Keeps the marginals of one-point data exactly, at any eta on any grid.

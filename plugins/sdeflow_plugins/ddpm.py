@@ -22,7 +22,9 @@ from sdeflow.solver import Memory, StepSolver
 
 @dataclass(frozen=True)
 class DDPM(StepSolver):
-    """x_s ~ N(mean of q(x_s | x_t, D), v): the Markov chain that undoes the noising.
+    """DDPM: ancestral sampling, the Markov chain that undoes the noising.
+
+    x_s ~ N(mean of q(x_s | x_t, x_0 = D), v)
 
     variance: "small", v = sigma_s^2 (1 - e^{-2h}), the posterior's own, exact for one-point data;
         "large", v = sigma_t^2 (1 - e^{-2h}): beta_t for VP, sigma_t^2 - sigma_s^2 for VE.

@@ -45,7 +45,7 @@ def exponential_euler(
 
 @dataclass(frozen=True)
 class DPMpp1S(StepSolver):
-    """First order: D frozen at t. DDIM on the probability flow and at eta = 1."""
+    """DPM-Solver++ 1S: D frozen at t, first order. DDIM on the probability flow and at eta = 1."""
 
     order = 1
     weak_order = 1
@@ -61,7 +61,7 @@ class DPMpp1S(StepSolver):
 
 @dataclass(frozen=True)
 class DPMpp2S(StepSolver):
-    """Second order, single step: D taken at the middle of the step in lambda.
+    """DPM-Solver++ 2S: second order, single step, D taken at the middle of the step in lambda.
 
     The noise of the two halves is shared between the stage and the step, so that the weak order on
     SDEs is 2. A step from alpha = 0 or to sigma = 0, which has no middle, is of first order.
@@ -100,10 +100,10 @@ class DPMpp2S(StepSolver):
 
 @dataclass(frozen=True)
 class DPMpp2M(StepSolver):
-    """Second order, multistep: D extrapolated to the middle of the step from the last two.
+    """DPM-Solver++ 2M: second order, multistep, D extrapolated from the last two.
 
-    D = D_t + (D_t - D_before) h/(2 h_before). The first step, and a step to sigma = 0, is of first
-    order.
+    To the middle of the step: D = D_t + (D_t - D_before) h/(2 h_before). The first step, and a
+    step to sigma = 0, is of first order.
     """
 
     order = 2
