@@ -56,9 +56,11 @@ def _advance(
     ):
         held = len(registers)
         lent: list[Tensor] = []
-        for terms, interval in operations:
+        for terms, interval, lasts in operations:
             if interval is not None:
                 registers.append(noise(*interval))
+                if lasts:
+                    _own(registers)
                 continue
             if terms is None:
                 answer = ask(registers[0], times[k])
@@ -70,6 +72,8 @@ def _advance(
                 answer = checked_output("score", answer, first)
             registers.append(answer)
             del answer
+            if lasts:
+                _own(registers)
         if memory:
             kept = [
                 registers[m] if m.__class__ is int else _combine(m, registers, spare)
@@ -101,21 +105,26 @@ def _advance(
 
 def _program(tableau: Tableau) -> Any:
     """The rows, flattened for the loop: (s, operations, memory, i, c, rest) where the new state is
-    c register_i + rest. An operation is (combination, or None for the state; None) or a draw
-    (None; its interval); a memory is a combination, or the number of a register as it is."""
+    c register_i + rest. An operation is (combination, or None for the state; None; lasts) or a draw
+    (None; its interval; lasts), where `lasts` says whether its answer is needed after the next of
+    its kind; a memory is a combination, or the number of a register as it is."""
     if tableau.program is None:
-        rows = []
+        rows, held = [], 1
         for row in tableau.rows:
-            operations = tuple(
-                (None, (op.t, op.s))
-                if isinstance(op, Draw)
-                else (None if op.terms == _THE_STATE else op.terms, None)
-                for op in row.operations
-            )
             memory = tuple(
                 terms[0][0] if len(terms) == 1 and terms[0][1] == 1.0 else terms
                 for terms in row.memory
             )
+            kinds = [type(op) for op in row.operations]
+            operations = tuple(
+                (
+                    None if isinstance(op, Draw) or op.terms == _THE_STATE else op.terms,
+                    (op.t, op.s) if isinstance(op, Draw) else None,
+                    held + j in memory or kinds[j] in kinds[j + 1 :],
+                )
+                for j, op in enumerate(row.operations)
+            )
+            held = 1 + len(memory)
             (i, c), *rest = row.state
             rows.append((row.s, operations, memory, i, c, tuple(rest)))
         object.__setattr__(tableau, "program", tuple(rows))
@@ -136,7 +145,7 @@ def _scales(tableau: Tableau, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _takes_buffers(row: Any) -> bool:
     _, operations, memory, *_ = row
-    return any(terms for terms, _ in operations) or any(not isinstance(m, int) for m in memory)
+    return any(terms for terms, *_ in operations) or any(not isinstance(m, int) for m in memory)
 
 
 def _combine(terms: Terms, registers: list[Tensor], spare: list[Tensor]) -> Tensor:
@@ -161,6 +170,12 @@ def _alone(held: list[Tensor], i: int) -> bool:
         return False
     assert _storage_users is not None
     return _storage_users(held[i].untyped_storage()._cdata) == 2
+
+
+def _own(registers: list[Tensor]) -> None:
+    """Copy the last register if its maker, a network with one output buffer say, holds it too."""
+    if _storage_users is None or not _alone(registers, -1):
+        registers[-1] = registers[-1].clone()
 
 
 def _holders(held: list[Tensor], i: int) -> int:

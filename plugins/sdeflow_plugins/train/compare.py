@@ -123,10 +123,11 @@ def compare(
     evaluations they chose is in the cell.
     """
     for label, sampler in samplers.items():
-        each = sampler.make_solver().evaluations
+        solver = sampler.make_solver()
+        each = 1.0 if math.isnan(solver.evaluations) else solver.evaluations
         for column, budget in enumerate(budgets):
             here, steps = sampler, 1
-            if math.isnan(each):
+            if solver.adaptive:
                 here = tightened(sampler, column)
             elif (steps := int(budget // each)) < 1:
                 continue
