@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, GridError, NonFiniteError, PairingError, SolverError, one_of
+from .errors import (
+    ArgumentError,
+    GridError,
+    NonFiniteError,
+    PairingError,
+    SolverError,
+    one_of,
+    positive_int,
+)
 from .noise import Noise
 from .sde import SDE
 from .solver import Solver
@@ -53,6 +61,7 @@ class TorchDiffEq(Solver):
 
     def __post_init__(self) -> None:
         one_of("method", self.method, ODE_METHODS)
+        positive_int("max_evaluations", self.max_evaluations)
         for name in ("rtol", "atol"):
             if not 0 < getattr(self, name) < 1:
                 raise ArgumentError(

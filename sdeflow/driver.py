@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import fused
@@ -115,11 +116,26 @@ class Run:
         )
 
     def _source(self) -> Noise:
-        if self.noise is not None:
-            return self.noise
-        assert self.seed is not None
         shape = self.process.noise_shape(self.x) if not self.process.deterministic else self.x.shape
+        if self.noise is not None:
+            return _shaped(self.noise, shape, self.x)
+        assert self.seed is not None
         return SeededNoise(self.seed, shape, self.x.dtype, self.x.device)
+
+
+def _shaped(noise: Noise, shape: torch.Size, x: Tensor) -> Noise:
+    """The noise given, its shape checked: one that broadcast would be shared among samples."""
+
+    def draw(t: Tensor, s: Tensor) -> Tensor:
+        z = noise(t, s)
+        if not isinstance(z, Tensor) or z.shape != shape:
+            what = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise ShapeError(
+                f"noise(t, s) returned {what}; it must return unit normals of shape {tuple(shape)}"
+            )
+        return z.to(dtype=x.dtype, device=x.device)
+
+    return draw
 
 
 def _counted(process: SDE, calls: list[int]) -> SDE:

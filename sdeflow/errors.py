@@ -80,7 +80,7 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> str:
 
 def all_finite(x: Tensor) -> bool:
     """Whether x holds no NaN and no infinity; one pass over x in the usual case."""
-    return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
+    return math.isfinite(float(x.detach().sum())) or bool(x.isfinite().all())
 
 
 def did_you_mean(value: Any, options: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
 """Time grids: plain functions (sde, n) -> n + 1 decreasing times, float64 on the host.
 
-Every grid runs from `t_max` (the SDE's T) down to `t_min` (the SDE's t_min); with `to_zero` its
-n-th and last step goes on to t = 0, where sigma = 0. Any grid serves any solver.
+A grid runs from `t_max` (the SDE's T) down to `t_min` (the SDE's t_min); with `to_zero` its n-th
+and last step goes on to t = 0, where sigma = 0. (The discrete spacings visit the times of a
+model's training, which begin and end where they do.) Any grid serves any solver.
 """
 
 from __future__ import annotations

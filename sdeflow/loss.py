@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .errors import ArgumentError, one_of
+from .errors import ArgumentError, ShapeError, one_of, positive_int
 from .sde import GaussianSDE, match, single_log_snr
 
 Weighting = Callable[[Denoiser, Tensor], Tensor]
@@ -110,6 +110,7 @@ def sample_times(
     stratified: one u in each of n equal cells, which lowers the variance of the loss and leaves
     its mean (Kingma et al., 2021, appendix I.1).
     """
+    n = positive_int("n", n)
     quantile = TIMES[one_of("times", times, TIMES)] if isinstance(times, str) else times
     u = torch.rand(n, dtype=torch.float64, generator=generator)
     if stratified:
@@ -159,6 +160,11 @@ def score_matching(
 
     Times and noise are drawn afresh; give a (host) generator for repeatable ones.
     """
+    if not x0.is_floating_point() or not x0.numel():
+        raise ShapeError(
+            f"x0 is {tuple(x0.shape)} {x0.dtype}; it must be a batch of at least one sample, in "
+            "floating point (images: x.float() / 127.5 - 1)"
+        )
     t = sample_times(denoiser.sde, x0.shape[0], times, generator=generator)
     noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
     return denoising_loss(denoiser, x0, t, noise, weighting).mean()

@@ -118,7 +118,7 @@ class Plugins:
                 seen.add((owner, entry.name, entry.value))
                 try:
                     self.register(entry.load(), f"{owner}:{entry.name}", owner)
-                except Exception as error:
+                except (Exception, SystemExit) as error:  # a stranger's import may do anything
                     self._quarantine(f"{owner}:{entry.name}", error)
         return self
 

@@ -41,6 +41,11 @@ class ReverseSDE(SDE):
             raise ArgumentError(f"sde={self.forward!r} must be a forward SDE, such as VP()")
         if not callable(self.score) and not self.denoises:
             raise ArgumentError(f"score={self.score!r} must be callable as score(x, t)")
+        if not callable(self.score) and not isinstance(self.forward, GaussianSDE):
+            raise ArgumentError(
+                f"score={self.score!r} only denoises, and {type(self.forward).__name__} has no "
+                "Gaussian kernel to read a score from; give score(x, t)"
+            )
         if isinstance(self.eta, bool) or not isinstance(self.eta, Real) or not 0 <= self.eta <= 1:
             raise ArgumentError(f"eta={self.eta!r} must be in [0, 1]: 0 is the ODE, 1 the full SDE")
         trained = getattr(self.score, "sde", self.forward)

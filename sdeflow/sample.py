@@ -134,6 +134,8 @@ def sample(
         )
     ts = make_grid(process, grid, steps)
     _check_shape(shape)
+    if not dtype.is_floating_point:
+        raise ShapeError(f"dtype={dtype} must be a floating-point one, such as torch.float32")
     seed = fresh_seed() if seed is None else seed
     x = process.gaussian.prior(start(seed, shape, dtype, torch.device(device)), ts[0])
     return integrate(process, x, ts, solver, seed=seed, keep=keep, progress=progress)
@@ -183,7 +185,7 @@ def make_grid(
 
 def _check_shape(shape: Sequence[int]) -> None:
     if (
-        isinstance(shape, int)
+        not isinstance(shape, Sequence)
         or not len(shape)
         or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape)
     ):

@@ -5,6 +5,7 @@ An SDE is dx = f(x, t) dt + g(x, t) dw (Ito) on 0 <= t <= T, data at t = 0 and n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -12,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, ShapeError
+from .errors import ArgumentError, ShapeError, all_finite
 
 
 class SDE(ABC):
@@ -139,6 +140,27 @@ class GaussianSDE(SDE):
     t_min: float = 1e-3
     """The default last time of grids and the first of training: sigma(t_min) is small, not zero."""
 
+    def __post_init__(self) -> None:
+        """Refuse parameters that make no schedule. Called by the __init__ of dataclasses."""
+        if "__dataclass_params__" not in vars(type(self)):
+            return  # a subclass with an __init__ of its own, which may not be through yet
+        if not 0 < self.T < math.inf:
+            raise ArgumentError(f"{self!r}: T={self.T!r} must be finite and > 0")
+        if not 0 <= self.t_min < self.T:
+            raise ArgumentError(f"{self!r}: t_min={self.t_min!r} must be in [0, T)")
+        ends = torch.tensor([self.t_min, self.T], dtype=torch.float64)
+        try:
+            a, s = self.alpha(ends), self.sigma(ends)
+        except (ArithmeticError, ValueError) as error:
+            raise ArgumentError(
+                f"{self!r} has no schedule ({error}); check its parameters"
+            ) from error
+        if not (all_finite(a) and all_finite(s) and bool((a >= 0).all() and (s >= 0).all())):
+            raise ArgumentError(
+                f"{self!r}: at t_min and T alpha is {a.tolist()} and sigma {s.tolist()}; both must "
+                "be finite and >= 0: check the parameters"
+            )
+
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
         """The scale of the data at time t; alpha(0) = 1."""
@@ -251,10 +273,10 @@ def match(a: Tensor, x: Tensor, t: Tensor | None = None) -> Tensor:
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """A time as a float64 tensor; NaN, infinite and negative times are refused where they are
-    host numbers."""
+    """A time as a float64 tensor (float32 on devices without); NaN, infinite and negative times
+    are refused where they are host numbers."""
     if isinstance(t, Tensor):
-        return t if t.is_floating_point() else t.to(torch.float64)
+        return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
     if not (t >= 0 and t < float("inf")):
         raise ArgumentError(f"t={t!r} must be a finite time >= 0")
     return torch.tensor(float(t), dtype=torch.float64)

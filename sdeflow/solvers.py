@@ -40,7 +40,7 @@ class Heun(StepSolver):
 
     u = x + f(x, t) h + G dw,   x_s = x + (f(x, t) + f(u, s)) h/2 + G dw,   G at (t + s)/2
     Order 2 on ODEs, weak order 2 on additive noise; noise that depends on the state is refused,
-    because there the scheme converges to the Stratonovich solution.
+    because there the scheme is no better than Euler-Maruyama at twice the cost.
     Source: Kloeden & Platen (1992), sections 8.1 and 15.1; Karras et al. (2022, EDM) for its use.
     """
 

@@ -177,7 +177,10 @@ def _trace(solver: StepSolver, process: ReverseSDE, ts: Tensor) -> Tableau:
         x, memory = solver.step(process, recorder.register(0), t, s, recorder.noise, memory)  # type: ignore[arg-type]
         if not isinstance(x, Symbol) or x.frame is not recorder.frame:
             raise NotLinear("the step returns something that is not this step's state")
-        rows.append(Row(t, s, tuple(recorder.operations), _terms(x)))
+        state = _terms(x)
+        if state[0][0]:  # a state that is left behind: 0 times it still carries a NaN on
+            state = ((0, 0.0), *state)
+        rows.append(Row(t, s, tuple(recorder.operations), state))
         _check_finite(rows[-1], solver, process)
     return Tableau(tuple(_normalised(rows)))
 

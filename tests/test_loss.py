@@ -295,3 +295,15 @@ def test_log_snr_times_need_one_log_snr(times):
     d = Denoiser(network, Channels([1.0, 4.0]), "v")
     with pytest.raises(ShapeError, match="Channels has elementwise schedules.*'uniform'"):
         score_matching(d, torch.zeros(4, 2), times=times)
+
+
+@pytest.mark.parametrize("x0", [torch.zeros(4, 2, dtype=torch.uint8), torch.zeros(0, 2)])
+def test_the_loss_wants_a_batch_of_numbers(x0):
+    with pytest.raises(ShapeError, match="x0"):
+        score_matching(Denoiser(lambda x, t: x, VP()), x0)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, True])
+def test_times_are_drawn_for_a_whole_number_of_samples(n):
+    with pytest.raises(ArgumentError, match="n="):
+        sample_times(VP(), n)

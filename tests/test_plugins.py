@@ -195,11 +195,12 @@ def test_a_distribution_seen_twice_is_loaded_once(install, monkeypatch, tmp_path
         (None, "ModuleNotFoundError: No module named 'broken_"),
         ("import missing_library", "ModuleNotFoundError: No module named 'missing_library'"),
         ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
         ("x = (", "SyntaxError: '\\(' was never closed"),
         (GOOD.replace("sdeflow_sdes", "sdeflow_sds"), "PluginError: .*unknown hook 'sdeflow_sds'"),
         (GOOD.replace("@hookimpl", ""), "PluginError: .*offers nothing"),
     ],
-    ids=["no module", "missing import", "raises", "syntax", "misspelt", "unmarked"],
+    ids=["no module", "missing import", "raises", "exits", "syntax", "misspelt", "unmarked"],
 )
 def test_a_broken_plugin_is_set_aside_and_blamed_only_for_unknown_names(
     install, request, source, reason

@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from ztest import LIMIT, z_of_mean, z_of_variance
 
 import sdeflow
-from sdeflow import EDM, GBM, OU, VE, VP, Cosine, EulerMaruyama, RectifiedFlow, SubVP, integrate
+from sdeflow import (
+    EDM,
+    GBM,
+    OU,
+    VE,
+    VP,
+    ArgumentError,
+    Cosine,
+    EulerMaruyama,
+    RectifiedFlow,
+    SubVP,
+    integrate,
+)
 
 DEFAULTS = {
     VP: {"beta_min": 0.1, "beta_max": 20.0, "T": 1.0},  # Song et al. (2021), appendix C
@@ -133,3 +145,21 @@ def test_gbm_is_lognormal_with_the_drift_of_ito(mu, volatility):
     assert abs(z_of_mean(log_x, mu - volatility**2 / 2)) < LIMIT
     assert abs(z_of_variance(log_x, volatility**2)) < LIMIT
     assert abs(z_of_mean(log_x, mu)) > LIMIT
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (VP, {"beta_min": -1.0}),
+        (VP, {"T": -1.0}),
+        (VP, {"t_min": 1.0}),
+        (VE, {"sigma_min": 0.0}),
+        (VE, {"sigma_max": -1.0}),
+        (OU, {"theta": 0.0}),
+        (EDM, {"T": math.inf}),
+        (RectifiedFlow, {"T": 2.0}),
+    ],
+)
+def test_parameters_that_make_no_schedule_are_refused(kind, options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        kind(**options)

@@ -1,6 +1,7 @@
 """ReverseSDE: every eta has the marginals of the forward SDE, state-dependent noise included."""
 
 import math
+import types
 from dataclasses import replace
 from functools import partial
 
@@ -271,6 +272,13 @@ def test_only_a_forward_sde_can_be_reversed(sde):
 def test_a_score_is_callable():
     with pytest.raises(ArgumentError, match=r"score=3 must be callable as score\(x, t\)"):
         reverse(VP(), 3)
+
+
+def test_a_denoiser_without_a_score_needs_a_gaussian_kernel():
+    only_denoises = types.SimpleNamespace(denoise=lambda x, t: x)
+    assert reverse(VP(), only_denoises).denoises
+    with pytest.raises(ArgumentError, match=r"only denoises, and GBM has no Gaussian kernel"):
+        reverse(GBM(), only_denoises)
 
 
 def test_a_denoiser_made_for_another_sde_is_refused():
