@@ -71,10 +71,10 @@ class MixtureData:
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t = x], the components' means weighted by their responsibility."""
-        a, s = self.sde.kernel(x, t)
+        a, s = (v.unsqueeze(1) if v.ndim else v for v in self.sde.kernel(x, t))
         total = a * a * self.variance + s * s
         offset = x.unsqueeze(1) - a * self.means
-        logits = self.weights.log() - (offset**2).sum(-1) / (2 * total)
+        logits = self.weights.log() - (offset**2 / (2 * total)).sum(-1)
         gain = a * self.variance / total
         each = self.means + gain * offset
         return (torch.softmax(logits, 1).unsqueeze(-1) * each).sum(1)
