@@ -21,7 +21,7 @@ from .recipe import Recipe
 from .session import train_run
 
 RECIPE = Recipe(
-    network_options={"channels": [32, 64], "attention": [1], "dropout": 0.1}, steps=2500
+    network_options={"channels": [32, 64], "attention": [1], "dropout": 0.1}, steps=2000
 )
 QUICK = Recipe(network_options={"channels": [8, 16]}, steps=20, batch_size=16, warmup=5)
 MADE_BY = "sdeflow-demo"
