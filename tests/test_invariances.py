@@ -24,6 +24,7 @@ from sdeflow import (
 from sdeflow.denoiser import PREDICTIONS
 from sdeflow.testing import GaussianData
 
+DOUBLE = {"dtype": torch.float64}
 ANY_ETA = (EulerMaruyama(), Heun(), DDIM(), DPMpp1S(), DPMpp2S(), DPMpp2M())
 
 
@@ -95,6 +96,21 @@ def test_all_predictions_give_one_trajectory(solver, case):
     reference = runs["data", True]
     for path in runs.values():
         torch.testing.assert_close(path, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", (*ANY_ETA, TorchDiffEq("rk4"), TorchSDE("srk")), ids=repr)
+@settings(max_examples=10)
+@given(case=cases(steps=(2, 12), etas=numbers(0.1, 1)))
+def test_a_score_is_its_denoiser(solver, case):
+    """Two ways to the drift: by way of f - (1 + eta^2)/2 g^2 s, and from D."""
+    sde, ts, mean, variance, eta = case
+    data = GaussianData(sde, mean, variance)
+    eta = 0.0 if isinstance(solver, TorchDiffEq) else eta
+    by_score, by_denoiser = (
+        sample(ReverseSDE(sde, score, eta), (4, 3), solver=solver, grid=ts, seed=1, **DOUBLE).x
+        for score in (lambda x, t: data(x, t), data)
+    )
+    torch.testing.assert_close(by_score, by_denoiser, rtol=1e-9, atol=1e-9)
 
 
 # ---- batches

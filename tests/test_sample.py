@@ -8,6 +8,7 @@ import pytest
 import torch
 from sdeflow_plugins.ddim import DDIM
 from sdeflow_plugins.dpmpp import DPMpp2M, DPMpp2S
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sdeflow import (
     EDM,
@@ -175,6 +176,23 @@ def test_progress_counts_the_steps(solver, keep, capsys):
     loud = integrate(noisy(), torch.ones(2, 3), TS, solver, seed=1, keep=keep, progress=True)
     assert "8/8" in capsys.readouterr().err
     assert torch.equal(quiet.x, loud.x)
+
+
+@every_road
+@pytest.mark.parametrize("fuse", [True, False])
+def test_no_old_state_is_kept(solver, fuse):
+    """A run of any length holds a few states: those of its memory and of the step at hand."""
+    seen, alive = [], []
+
+    def watching(x, t):
+        seen.append(StorageWeakRef(x.untyped_storage()))
+        alive.append(len({ref.cdata for ref in seen if not ref.expired()}))
+        return net(x, t)
+
+    with torch.no_grad():
+        integrate(noisy(watching), torch.ones(2, 3), log_snr(VP(), 40), solver, grad=not fuse)
+    assert len(seen) >= 40
+    assert max(alive) <= 6
 
 
 def test_samples_of_the_prior_have_its_scale():
