@@ -97,7 +97,7 @@ class Run:
 
     def blame(self, step: int | None = None) -> None:
         """Raise the NonFiniteError: of the step given, or of the one found by running again."""
-        if step is None and self.seed is not None:
+        if step is None and (self.seed is not None or self.process.deterministic):
             for k, (_, state) in enumerate(self.states()):
                 if not all_finite(state):
                     step = k

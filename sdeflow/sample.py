@@ -95,7 +95,9 @@ def integrate(
         if keep or run.tableau is None:
             path = [x]
             for _, state in _bar(run.states(), run.steps) if progress else run.states():
-                path = [*path, state] if keep else [state]
+                if not keep:
+                    path.clear()
+                path.append(state)
         else:
             path = []
             done = run.finish(path)

@@ -67,7 +67,7 @@ class SDE(ABC):
         g = self.diffusion(x, t)
         if self.noise == "elementwise":
             return g * g * v
-        back = (g * v.unsqueeze(-1)).flatten(1, -2).sum(1)
+        back = _flat(g * v.unsqueeze(-1), x).sum(1)
         return (g * back.reshape(back.shape[0], *[1] * (x.ndim - 1), -1)).sum(-1)
 
     def divergence(self, x: Tensor, t: Tensor) -> Tensor:
@@ -113,15 +113,15 @@ class SDE(ABC):
         columns = []
         for j in range(x[0].numel()):
             e = _basis(x, j)
-            columns.append(_jvp(squared, x, e).flatten(1)[:, j])
+            columns.append(_jvp(squared, x, e).reshape(len(e), math.prod(e.shape[1:]))[:, j])
         return torch.stack(columns, 1).reshape(x.shape)
 
     def _matrix_divergence(self, x: Tensor, t: Tensor) -> Tensor:
         def gram(y: Tensor) -> Tensor:
-            g = self.diffusion(y, t).flatten(1, -2)
+            g = _flat(self.diffusion(y, t), y)
             return g @ g.mT
 
-        total = torch.zeros_like(x.flatten(1))
+        total = x.new_zeros(x.shape[0], math.prod(x.shape[1:]))
         for j in range(total.shape[1]):
             total = total + _jvp(gram, x, _basis(x, j))[:, :, j]
         return total.reshape(x.shape)
@@ -305,8 +305,13 @@ def _jvp(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
     return torch.autograd.functional.jvp(function, x, v, create_graph=x.requires_grad)[1]
 
 
+def _flat(g: Tensor, x: Tensor) -> Tensor:
+    """A matrix G of shape (B, *, m) for a state x (B, *), as (B, d, m)."""
+    return g.reshape(x.shape[0], math.prod(x.shape[1:]), g.shape[-1])
+
+
 def _basis(x: Tensor, j: int) -> Tensor:
     """The j-th unit vector of the state space, for each sample of the batch."""
-    e = torch.zeros_like(x).flatten(1)
+    e = x.new_zeros(x.shape[0], math.prod(x.shape[1:]))
     e[:, j] = 1
     return e.reshape(x.shape)

@@ -289,3 +289,21 @@ def test_a_denoiser_made_for_another_sde_is_refused():
 def test_tweedie_needs_a_gaussian_kernel():
     with pytest.raises(PairingError, match="GBM has no Gaussian kernel"):
         reverse(GBM(), gbm_score).denoise(torch.ones(2, 1), 0.5)
+
+
+def test_matrix_noise_drives_a_state_of_one_number():
+    """dx = x dw_1 + 2 x dw_2 on x of shape (B,): G G^T = 5 x^2, its divergence 10 x."""
+
+    class Scalar(SDE):
+        noise = "matrix"
+
+        def drift(self, x, t):
+            return 0 * x
+
+        def diffusion(self, x, t):
+            return torch.stack((x, 2 * x), -1)
+
+    x, t = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), torch.tensor(0.5)
+    torch.testing.assert_close(Scalar().covariance_product(x, t, x), 5 * x**3)
+    torch.testing.assert_close(Scalar().divergence(x, t), 10 * x)
+    torch.testing.assert_close(Scalar().spread(x, t, torch.ones(3, 2).double()), 3 * x)

@@ -18,6 +18,7 @@ from sdeflow import (
     EulerMaruyama,
     GridError,
     Heun,
+    NonFiniteError,
     PairingError,
     RectifiedFlow,
     TorchDiffEq,
@@ -329,3 +330,9 @@ def test_encode_needs_a_grid_that_ends_above_zero():
 def test_sample_takes_only_a_reverse_process():
     with pytest.raises(PairingError, match=r"must be a reverse process: reverse\(sde, score\)"):
         sample(OU(), (2, 3))
+
+
+def test_the_step_of_a_nan_is_named_on_an_ode_even_with_noise_given():
+    broken = flow(lambda x, t: net(x, t) * (torch.nan if t[0] < (TS[2] + TS[3]) / 2 else 1))
+    with pytest.raises(NonFiniteError, match="at step 4 of 8"):
+        integrate(broken, torch.ones(2, 3), TS, DDIM(), noise=lambda t, s: torch.ones(2, 3))
