@@ -17,7 +17,7 @@ from torch import Tensor
 from . import fused
 from .errors import ArgumentError, GridError, NonFiniteError, PairingError, ShapeError, all_finite
 from .grid import check_grid
-from .noise import Noise, Seed, SeededNoise, fresh_seed
+from .noise import Noise, Seed, SeededNoise, check_seed, fresh_seed
 from .reverse import ReverseSDE
 from .sde import SDE, GaussianSDE
 from .solver import Solver, StepSolver
@@ -65,7 +65,7 @@ class Run:
         if seed is None and noise is None:
             seed = fresh_seed()
         if seed is not None:
-            SeededNoise(seed, x.shape)  # refuses a wrong seed now
+            check_seed(seed, x.shape[0])
         tableau = trace(solver, process, ts) if fuse and isinstance(solver, StepSolver) else None
         if tableau is None:
             _check_start(process, ts)

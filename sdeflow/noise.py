@@ -87,8 +87,6 @@ def check_seed(seed: Seed, batch: int) -> int | tuple[int, ...]:
             raise ArgumentError(f"seed={number} must be in [0, 2^63)")
         return number
 
-    if hasattr(seed, "tolist"):  # a tensor or an array
-        seed = seed.tolist()
     if hasattr(seed, "tolist"):  # numpy and torch arrays, and their scalars
         seed = seed.tolist()
     if isinstance(seed, str) or not isinstance(seed, Sequence):
