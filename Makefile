@@ -10,12 +10,13 @@ WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check bench format clean help
+.PHONY: demo test check bench audit format clean help
 
 help:
 	@echo "make demo    train on the digits, generate images with six solvers, print the figures"
 	@echo "make test    run the tests           make check   ruff, mypy, import directions"
 	@echo "make bench   side-by-side timings    make format  format the code    make clean"
+	@echo "make audit   orders and laws of the samplers of diffusers, k-diffusion and azula, measured"
 
 demo: $(VENV)/.package
 	OMP_WAIT_POLICY=passive $(BIN)/sdeflow demo
@@ -29,9 +30,14 @@ check: $(VENV)/.check
 	$(BIN)/mypy
 	$(BIN)/python tools/check_imports.py
 
-bench: $(VENV)/.package
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/sde_throughput.py --quick
+
+audit: $(VENV)/.peers
+	PYTHONPATH=$(VENV)/peers OMP_NUM_THREADS=1 \
+	  $(BIN)/python benchmarks/peer_audit.py --out benchmarks/results/peer_audit.md
 
 format: $(VENV)/.check
 	$(BIN)/ruff check --fix .
@@ -55,6 +61,15 @@ $(VENV)/.package: pyproject.toml constraints.txt | $(VENV)/.python
 
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) install --constraint constraints.txt --group test
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(PIP) install --constraint constraints.txt --group bench
+	@touch $@
+
+# Beside the environment, not in it, and without dependencies: those bring torchvision.
+$(VENV)/.peers: $(VENV)/.package
+	$(PIP) install --constraint constraints.txt --no-deps --target $(VENV)/peers --upgrade --group peers
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.package

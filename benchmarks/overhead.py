@@ -1,6 +1,7 @@
 """Microseconds a step without the network: sdeflow, diffusers, and the hand-written minimum.
 
     python benchmarks/overhead.py [--out benchmarks/results/overhead.md] [--repeats 9]
+    python benchmarks/overhead.py --all [--out benchmarks/results/overhead_all.md]
 
 All three get the same noise prediction (a constant tensor, so that the network costs nothing), the
 same start and the same number of steps, interleaved in one run; figures are medians. The minimum is
@@ -9,11 +10,18 @@ same multiply-adds fused in place. Stochastic solvers add one plain `torch.randn
 sdeflow is timed as a user calls it, `integrate(...)`, set-up and checks included; "a step" is the
 slope between 20 and 50 steps, which leaves the set-up out, as it is left out for diffusers, whose
 scheduler is timed for its steps alone, without `set_timesteps`.
+
+--all: every linear solver of the catalogue. Its minimum is a loop of as many fused operations a
+step as its tableau has (counted in the table), on buffers that lie ready, and of as many calls of
+the network and of `torch.randn`. The network's answers lie ready too, each of them used once, as a
+network's are. All are the best of 20 times `repeats` runs. "Trace" is the time to make the tableau
+of 20 steps, once.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -22,8 +30,21 @@ from pathlib import Path
 
 import torch
 
-from sdeflow import VP, Denoiser, get, integrate, probability_flow, reverse, trace
+from sdeflow import (
+    VP,
+    Denoiser,
+    ReverseSDE,
+    StepSolver,
+    catalogue,
+    get,
+    integrate,
+    probability_flow,
+    reverse,
+    trace,
+)
+from sdeflow.errors import PairingError
 from sdeflow.grid import log_snr
+from sdeflow.tableau import Evaluation
 
 SHAPES = [(1, 3, 32, 32), (16, 3, 64, 64), (1, 4, 128, 128)]
 STEPS = [20, 50]
@@ -137,12 +158,133 @@ def measure(shape, steps, name, repeats):
     return [statistics.median(seconds[peer][2:]) / steps * 1e6 for peer in runs]
 
 
+def solvers():
+    """(name, eta) of every linear solver of the catalogue, on the flow and with full noise."""
+    for name, entry in catalogue("solver").items():
+        solver = get("solver", name)
+        if entry.distribution != "sdeflow" or not isinstance(solver, StepSolver):
+            continue
+        for eta in (0.0, 1.0):
+            process = ReverseSDE(VP(), Denoiser(lambda x, t: x, VP()), eta)
+            try:
+                solver.check(process)
+            except PairingError:
+                continue
+            declared = solver.order if eta == 0 else solver.weak_order
+            if (declared or solver.stochastic) and trace(
+                solver, process, log_snr(VP(), 4)
+            ) is not None:
+                yield name, eta
+
+
+def operations(row):
+    """Fused operations of a row: state, arguments of the network, memory; and calls, and draws."""
+    calls = [op for op in row.operations if isinstance(op, Evaluation)]
+    combined = [*(op.terms for op in calls), *row.memory]
+    spent = len(row.state) + sum(len(terms) - (terms[0][1] == 1.0) for terms in combined)
+    return spent, len(calls), len(row.operations) - len(calls)
+
+
+def bare(tableau, net, x):
+    """A loop of as many operations: what no solver of so many terms can do without."""
+    shape, time = tuple(x.shape), torch.ones(x.shape[0])
+    buffers = [torch.randn(shape) for _ in range(2)]
+    counts = [operations(row) for row in tableau.rows]
+
+    def run():
+        y = x.clone()
+        for spent, calls, draws in counts:
+            for _ in range(calls):
+                net(y, time)
+            for k in range(draws):
+                buffers[k % 2] = torch.randn(shape)
+            y.mul_(0.5)
+            for k in range(spent - 1):
+                y.add_(buffers[k % 2], alpha=0.25)
+        return y
+
+    return run
+
+
+def measure_one(name, eta, shape, repeats):
+    """(operations, evaluations, draws) a step, microseconds of the minimum, the ratio, trace ms."""
+    x, answers = torch.randn(shape), []
+
+    def net(x, t):
+        return answers.pop()
+
+    def taken(run, calls):
+        """The seconds of a run, the answers made before it."""
+        answers[:] = torch.randn(calls, *shape).unbind(0)
+        answers[:] = [answer.clone() for answer in answers]
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    process = ReverseSDE(VP(), Denoiser(net, VP(), "noise"), eta)
+    solver = get("solver", name)
+    figures = {}
+    for steps in STEPS:
+        ts = log_snr(VP(), steps)
+        tableau = trace(solver, process, ts)
+        runs = {
+            "minimum": bare(tableau, net, x),
+            "sdeflow": lambda ts=ts: integrate(process, x, ts, solver, seed=0),
+        }
+        calls = tableau.evaluations
+        best = dict.fromkeys(runs, math.inf)
+        for _ in range(20 * repeats):
+            for peer, run in runs.items():
+                best[peer] = min(best[peer], taken(run, calls))
+        figures[steps] = best
+    low, ours = (figures[STEPS[1]][peer] - figures[STEPS[0]][peer] for peer in runs)
+    tracing = []
+    for k in range(5):  # times of their own: no tableau is remembered
+        begin = time.perf_counter()
+        trace(solver, process, log_snr(VP(), STEPS[0], t_max=0.99 - 1e-3 * k))
+        tracing.append(time.perf_counter() - begin)
+    counts = operations(tableau.rows[len(tableau.rows) // 2])
+    return counts, low / (STEPS[1] - STEPS[0]) * 1e6, ours / low, min(tracing) * 1e3
+
+
+def all_solvers(repeats, shape=(1, 3, 32, 32)):
+    """The table over the catalogue, line by line."""
+    yield f"State {shape}; a step is the slope between {STEPS[0]} and {STEPS[1]} steps."
+    yield ""
+    yield "| solver | eta | evaluations | draws | operations | minimum, us | sdeflow | trace, ms |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, eta in solvers():
+        (spent, calls, draws), low, ratio, tracing = measure_one(name, eta, shape, repeats)
+        yield (
+            f"| {name} | {eta:g} | {calls} | {draws} | {spent} | {low:.1f} | {ratio:.2f} | "
+            f"{tracing:.1f} |"
+        )
+
+
+def report(lines, out):
+    """Print the lines as they come, and write them to a file."""
+    kept = []
+    for line in lines:
+        kept.append(line)
+        print(line, flush=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(kept) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="write the table there too")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--all", action="store_true", help="every linear solver, beside its minimum"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.all:
+        with torch.no_grad():
+            report(all_solvers(args.repeats), args.out)
+        return
     warnings.simplefilter("ignore")
     import diffusers
 

@@ -1,11 +1,12 @@
-"""Every registered solver on problems whose score is known exactly: error against evaluations.
+"""Solvers on problems whose score is known exactly: error against evaluations, and the order.
 
     python examples/gaussian.py --out solvers.png
 
 On the probability flow of a Gaussian mixture a solver misses the exact flow by a distance: its RMS
 over 64 starting points. On the reverse SDE it misses the law: the variance of its output for data
 N(0, 0.4), which `sdeflow.testing` computes without drawing a sample. Prints both tables and draws
-them. Solvers that turn out to be one and the same share a row, and a line.
+them. Solvers that turn out to be one and the same share a row, and a line. It runs a shortlist;
+`benchmarks/nfe_error.py` runs all that are registered, on the best of their grids.
 """
 
 import argparse
@@ -17,11 +18,38 @@ import torch
 from PIL import Image
 
 import sdeflow
-from sdeflow.grid import log_snr, uniform
+from sdeflow.grid import log_snr
 from sdeflow.testing import MixtureData, order, weak_errors
 
 BUDGETS = [6, 12, 24, 48, 96, 192]  # evaluations of the score
 SDE = sdeflow.VP()
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#8e44ad"
+GOLD, PINK, SKY, BROWN, GREY = "#b8860b", "#d6569b", "#4aa8d8", "#7a4b3a", "0.55"
+
+# What to run, and the colour of its curve; those of other libraries are grey.
+FLOW = {
+    "ddim": BLUE,
+    "ipndm_3": PINK,
+    "edm_heun": GOLD,
+    "dpmpp_2m": ORANGE,
+    "dpm_solver_3": GREEN,
+    "dpmpp_3m": SKY,
+    "deis_tab3": BROWN,
+    "unipc_3": PURPLE,
+    "unipc_v_3": "black",
+    "torchdiffeq_rk4": GREY,
+    "torchdiffeq_dopri5": GREY,
+}
+REVERSE = {
+    "ddpm": BLUE,
+    "ddim": BLUE,  # at eta = 1 it is DDPM
+    "euler_maruyama": PINK,
+    "dpmpp_2s": GREEN,
+    "dpmpp_2m": ORANGE,
+    "dpmpp_3m": SKY,
+    "sa_solver": PURPLE,
+    "torchsde_srk": GREY,
+}
 
 
 def flow_errors():
@@ -33,11 +61,8 @@ def flow_errors():
     exact = sdeflow.integrate(flow, x, log_snr(SDE, 1), reference).x
 
     curves = {}
-    for name in sdeflow.catalogue("solver"):
+    for name in FLOW:
         solver = sdeflow.get("solver", name)
-        if solver.order is None:  # it runs on SDEs only
-            continue
-        grid = uniform if "adams" in name else log_snr  # Adams' weights are for equal steps
         curves[name] = []
         for k, budget in enumerate(BUDGETS):
             steps = budget
@@ -45,7 +70,7 @@ def flow_errors():
                 solver = sdeflow.get("solver", name, rtol=10 ** -(k + 2), atol=10 ** -(k + 2))
             else:
                 steps = budget // solver.evaluations
-            run = sdeflow.integrate(flow, x, grid(SDE, steps), solver)
+            run = sdeflow.integrate(flow, x, log_snr(SDE, steps), solver)
             error = (run.x - exact).square().mean().sqrt()
             curves[name].append((run.nfe, float(error)))
     return curves
@@ -54,10 +79,8 @@ def flow_errors():
 def variance_errors():
     """{solver: [(evaluations, error), ...]} on the reverse SDE of N(0, 0.4)."""
     curves = {}
-    for name in sdeflow.catalogue("solver"):
+    for name in REVERSE:
         solver = sdeflow.get("solver", name)
-        if solver.weak_order is None:  # it runs on ODEs only
-            continue
         steps = [budget // solver.evaluations for budget in BUDGETS]
         errors = weak_errors(solver, SDE, eta=1.0, steps=steps)
         curves[name] = [
@@ -84,33 +107,22 @@ def report(title, groups):
         print(f"  {slope:>5} {points}   {' = '.join(names)}")
 
 
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#8e44ad", "#c79a00", "#e0559a", "#4aa8d8", "#8c564b"]
-GREY = "0.66"
-
-
 def draw(panels, out):
-    """A log-log panel for each problem: sdeflow's solvers in colour, its back-ends' in grey."""
+    """A log-log panel for each problem; every curve is named at its end."""
     plt.rcParams |= {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
-    own = {names[0] for *_, groups in panels for names, _ in groups}
-    own = sorted(name for name in own if not name.startswith("torch"))
     figure, axes = plt.subplots(1, len(panels), figsize=(8, 4.5), layout="constrained")
-    for ax, (title, subtitle, library, groups) in zip(axes, panels, strict=True):
+    for ax, (title, subtitle, colours, groups) in zip(axes, panels, strict=True):
         ends = []
         for names, curve in groups:
             curve = [point for point in curve if point[0] <= 1.05 * BUDGETS[-1]]
-            mine = names[0] in own
-            hue = COLOURS[own.index(names[0]) % len(COLOURS)] if mine else GREY
-            width, layer = (1.8, 3) if mine else (1.0, 2)
+            hue = colours[names[0]]
+            width, layer = (1.0, 2) if hue == GREY else (1.8, 3)
             ax.loglog(
                 *zip(*curve, strict=True), "o-", color=hue, lw=width, ms=1.8 * width, zorder=layer
             )
-            shown = [n for n in names if not n.startswith("torch")]
-            label = "\n= ".join(shown) if mine else names[-1].partition("_")[2]
-            ends.append([math.log10(curve[-1][1]), label, hue, curve[-1]])
+            ends.append([math.log10(curve[-1][1]), "\n= ".join(names), hue, curve[-1]])
         ax.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=20)
         ax.text(0, 1.025, subtitle, transform=ax.transAxes, color="0.35")
-        legend = f"in colour: sdeflow's own\nin grey: {library}'s"
-        ax.text(0.03, 0.03, legend, transform=ax.transAxes, color="0.42", linespacing=1.4)
         ax.set_xlabel("evaluations of the score")
         ax.set_xticks(BUDGETS, BUDGETS)
         ax.minorticks_off()
@@ -150,8 +162,8 @@ if __name__ == "__main__":
     out = parser.parse_args().out
     flow, law = merged(flow_errors()), merged(variance_errors())
     panels = [
-        ("Probability-flow ODE", "RMS error to the exact flow", "torchdiffeq", flow),
-        ("Reverse SDE", "relative error of the variance, exact", "torchsde", law),
+        ("Probability-flow ODE", "RMS error to the exact flow", FLOW, flow),
+        ("Reverse SDE", "relative error of the variance, exact", REVERSE, law),
     ]
     for title, subtitle, _, groups in panels:
         report(f"{title}: {subtitle}", groups)

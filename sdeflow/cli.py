@@ -1,4 +1,4 @@
-"""The command line: `sdeflow list`, and a subcommand for each function that a plugin offers.
+"""The command line: `list` and `check`, and a subcommand for each function that a plugin offers.
 
 The signature of a command is its options, its docstring is its help. jsonargparse reads both.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 
 from .errors import PluginError, SdeflowError, one_of
 from .plugins import KINDS, Entry, Plugins, PluginWarning, plugins
+from .testing.command import check
 
 OK, FAILED, INTERRUPTED = 0, 2, 130
 
@@ -23,38 +25,43 @@ OK, FAILED, INTERRUPTED = 0, 2, 130
 def list_plugins(kind: str = "", options: bool = False) -> None:
     """List every SDE, solver, grid, network, data set and command, and who offers it.
 
-    Plugins that could not be loaded, and names that two of them claim, stand at the end.
+    Under a name stand the other names that it is found by. Plugins that could not be loaded, and
+    names that two of them claim, stand at the end.
 
     Args:
-        kind: only this one: sde, solver, grid, network, dataset or command.
+        kind: only this one: sde, solver, grid, network, dataset, preset or command.
         options: also print the options of each, with their defaults.
     """
     kinds = [one_of("kind", kind, KINDS)] if kind else list(KINDS)
     found = _loaded()
     for each in kinds:
-        entries = found.entries(each)
+        entries, aliases = found.entries(each), found.aliases(each)
         if each == "command":
-            entries.append(Entry(each, "list", list_plugins, "sdeflow"))
+            entries += [Entry(each, name, command, "sdeflow") for name, command in CORE.items()]
         print(f"{each}s" if each != "sde" else "SDEs")
         width = max((len(entry.name) for entry in entries), default=0) + 2
         owners = max((len(entry.distribution) for entry in entries), default=0) + 2
         for entry in sorted(entries, key=lambda e: e.name):
             print(f"  {entry.name:<{width}}{entry.distribution:<{owners}}{entry.summary}")
-            if options and (text := _options(entry.factory)):
-                print(textwrap.indent(textwrap.fill(text, 88), " " * (width + owners + 2)))
+            text = _options(entry.factory) if options else ""
+            others = sorted(also for also, name in aliases.items() if name == entry.name)
+            for note in (text, "also: " + ", ".join(others) if others else ""):
+                if note:
+                    print(textwrap.indent(textwrap.fill(note, 88), " " * (width + owners + 2)))
         print()
     for line in _troubles(found):
         print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for an error, 130 for Ctrl-C."""
+    """Run the command line; returns the exit status: 0, or what the command returns (`check`: 1
+    where something failed), 2 for an error, 130 for Ctrl-C."""
     try:
         found = _loaded()
         for line in _troubles(found):
             print(f"warning: {line}", file=sys.stderr)
         command, values = _parse(_commands(found), argv)
-        command(**values)
+        status = _call(command, values)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -64,7 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nsdeflow: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return OK
+    return status if isinstance(status, int) else OK
+
+
+def _call(command: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """The command called with its options, and with its `*names` one by one."""
+    names = values.pop(_several(command), None) or ()
+    return command(*names, **values)
+
+
+def _several(command: Callable[..., Any]) -> str:
+    """The name of a parameter `*names`, if the command has one."""
+    parameters = inspect.signature(command).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "")
 
 
 def _parse(
@@ -94,13 +113,32 @@ def _parse(
         sub.add_argument(
             "--config", action="config", help="a YAML file of options; options after it win"
         )
-        sub.add_function_arguments(command, as_positional=True, fail_untyped=False)
+        several = _several(command)
+        if several:
+            told = re.search(rf"^ +{several}: (.*)$", text, re.MULTILINE)
+            sub.add_argument(several, nargs="*", type=str, default=[], help=told and told[1])
+        sub.add_function_arguments(
+            command, as_positional=True, fail_untyped=False, skip={several} if several else None
+        )
         subcommands.add_subcommand(name, sub, help=text.split("\n")[0])
-    values = parser.parse_args(argv)
+    values = parser.parse_args(_with_flags(sys.argv[1:] if argv is None else argv, commands))
     chosen = values.subcommand
     options = values[chosen].as_dict()
     options.pop("config", None)
     return commands[chosen], options
+
+
+def _with_flags(argv: Sequence[str], commands: dict[str, Callable[..., Any]]) -> list[str]:
+    """The arguments, with "true" put after each switch that stands alone, such as --all."""
+    command = next((commands[word] for word in argv if word in commands), None)
+    parameters = inspect.signature(command).parameters.values() if command else ()
+    switches = {f"--{p.name}" for p in parameters if p.default is False}
+    words = []
+    for word, after in zip(argv, [*argv[1:], "-"], strict=True):
+        words.append(word)
+        if word in switches and after.lower() not in ("true", "false", "yes", "no", "0", "1"):
+            words.append("true")
+    return words
 
 
 def _help_format() -> type[argparse.HelpFormatter]:
@@ -116,7 +154,10 @@ def _help_format() -> type[argparse.HelpFormatter]:
 def _commands(found: Plugins) -> dict[str, Callable[..., Any]]:
     """The core's commands and those of the plugins."""
     offered = {name: entry.factory for name, entry in found.catalogue("command").items()}
-    return {**offered, "list": list_plugins}
+    return {**offered, **CORE}
+
+
+CORE: dict[str, Callable[..., Any]] = {"list": list_plugins, "check": check}
 
 
 def _loaded() -> Plugins:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused
+from . import compiled, fused
+from .calculus import in_calculus
 from .errors import ArgumentError, GridError, NonFiniteError, PairingError, ShapeError, all_finite
 from .grid import check_grid
-from .noise import Noise, Seed, SeededNoise, check_seed, fresh_seed
+from .noise import Noise, Seed, SeededNoise, area, check_seed, fresh_seed
 from .reverse import ReverseSDE
 from .sde import SDE, GaussianSDE
 from .solver import Solver, StepSolver
@@ -56,6 +57,7 @@ class Run:
         if not isinstance(solver, Solver):
             raise ArgumentError(f"solver={solver!r} must be a Solver, such as DDIM(), or a name")
         solver.check(process)
+        process = in_calculus(process, solver.calculus)
         ts = _check_times(process, check_grid(ts))
         _check_state(x)
         if seed is not None and noise is not None:
@@ -80,10 +82,18 @@ class Run:
         self.calls[0] = 0
         return self.solver.solve(_counted(self.process, self.calls), self.x, self.ts, noise)
 
-    def finish(self, final: list[Tensor]) -> Iterator[Tensor]:
-        """Run the tableau to the end in reused buffers; the last state is put into `final`."""
-        assert self.tableau is not None and isinstance(self.process, ReverseSDE)
-        return fused.finish(self.tableau, self.process, self.x, self._source(), final)
+    def finish(self, final: list[Tensor], compile: bool = False) -> Iterator[Tensor]:
+        """Run to the end, in reused buffers where it can be; the last state is put into `final`."""
+        noise = self._source()
+        if self.tableau is not None:
+            assert isinstance(self.process, ReverseSDE)
+            return fused.finish(self.tableau, self.process, self.x, noise, final)
+        self.calls[0] = 0
+        process = _counted(self.process, self.calls)
+        if compile:
+            given = (self.solver, self.process, process, self.calls)
+            return compiled.finish(*given, self.x, self.ts, noise, final)
+        return self.solver.finish(process, self.x, self.ts, noise, final)
 
     @property
     def steps(self) -> int:
@@ -95,15 +105,18 @@ class Run:
         """Evaluations made so far."""
         return self.calls[0] if self.tableau is None else self.tableau.evaluations
 
+    @torch.no_grad()
     def blame(self, step: int | None = None) -> None:
-        """Raise the NonFiniteError: of the step given, or of the one found by running again."""
-        if step is None and (self.seed is not None or self.process.deterministic):
+        """Raise the NonFiniteError: of the step given, or of the one found by running again, which
+        a seed and a Brownian path (that has an `area`) allow."""
+        again = self.seed is not None or self.process.deterministic or hasattr(self.noise, "area")
+        if step is None and again:
             for k, (_, state) in enumerate(self.states()):
                 if not all_finite(state):
                     step = k
                     break
         where = (
-            "during the run"
+            "during the run (keep=True, or a noise that can be asked again, would tell the step)"
             if step is None
             else (
                 f"at step {step + 1} of {self.steps}, from t={float(self.ts[step]):.6g} to "
@@ -118,34 +131,43 @@ class Run:
     def _source(self) -> Noise:
         shape = self.process.noise_shape(self.x) if not self.process.deterministic else self.x.shape
         if self.noise is not None:
-            return _shaped(self.noise, shape, self.x)
+            return _Shaped(self.noise, shape, self.x)
         assert self.seed is not None
         return SeededNoise(self.seed, shape, self.x.dtype, self.x.device)
 
 
-def _shaped(noise: Noise, shape: torch.Size, x: Tensor) -> Noise:
+class _Shaped:
     """The noise given, its shape checked: one that broadcast would be shared among samples."""
 
-    def draw(t: Tensor, s: Tensor) -> Tensor:
-        z = noise(t, s)
-        if not isinstance(z, Tensor) or z.shape != shape:
+    def __init__(self, source: Noise, shape: torch.Size, x: Tensor) -> None:
+        self.source, self.shape, self.x = source, shape, x
+
+    def __call__(self, t: Tensor, s: Tensor) -> Tensor:
+        return self._checked("noise", self.source(t, s))
+
+    def area(self, t: Tensor, s: Tensor) -> Tensor:
+        """Unit normals of the space-time area."""
+        return self._checked("noise.area", area(self.source, t, s))
+
+    def _checked(self, name: str, z: Any) -> Tensor:
+        if not isinstance(z, Tensor) or z.shape != self.shape:
             what = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
             raise ShapeError(
-                f"noise(t, s) returned {what}; it must return unit normals of shape {tuple(shape)}"
+                f"{name}(t, s) returned {what}; it must return unit normals of shape "
+                f"{tuple(self.shape)}"
             )
-        return z.to(dtype=x.dtype, device=x.device)
-
-    return draw
+        return z.to(dtype=self.x.dtype, device=self.x.device)
 
 
 def _counted(process: SDE, calls: list[int]) -> SDE:
     """The process with its evaluations counted in calls[0]."""
 
     def count(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counted(*args: Any, **kwargs: Any) -> Tensor:
+        def counted(x: Tensor, t: Tensor) -> Tensor:
             calls[0] += 1
-            return function(*args, **kwargs)
+            return function(x, t)
 
+        counted.bare = function, calls  # type: ignore[attr-defined]  # for loops that count steps
         return counted
 
     if isinstance(process, ReverseSDE):

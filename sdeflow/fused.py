@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, checked_output
-from .noise import Noise
+from .noise import Noise, area
 from .reverse import ReverseSDE
 from .tableau import Draw, Tableau, Terms
 
@@ -58,7 +58,8 @@ def _advance(
         lent: list[Tensor] = []
         for terms, interval, lasts in operations:
             if interval is not None:
-                registers.append(noise(*interval))
+                start, end, of_area = interval
+                registers.append(area(noise, start, end) if of_area else noise(start, end))
                 if lasts:
                     _own(registers)
                 continue
@@ -119,7 +120,7 @@ def _program(tableau: Tableau) -> Any:
             operations = tuple(
                 (
                     None if isinstance(op, Draw) or op.terms == _THE_STATE else op.terms,
-                    (op.t, op.s) if isinstance(op, Draw) else None,
+                    op if isinstance(op, Draw) else None,
                     held + j in memory or kinds[j] in kinds[j + 1 :],
                 )
                 for j, op in enumerate(row.operations)

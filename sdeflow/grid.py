@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -164,6 +164,10 @@ def check_grid(ts: Any) -> Tensor:
         raise GridError(f"ts={ts!r} must be times, such as grid.karras(sde, 20)") from error
     if times.ndim != 1 or len(times) < 2:
         raise GridError(f"ts has shape {tuple(times.shape)}; it must be (N+1,), at least two times")
+    low, high = map(float, times.diff().aminmax())
+    first, last = float(times[0]), float(times[-1])
+    if (low > 0 and 0 <= first and last < math.inf) or (high < 0 <= last and first < math.inf):
+        return times  # a NaN compares false; what is wrong, and where, is found number by number
     values = times.tolist()
     for k, value in enumerate(values):
         if not 0 <= value < math.inf:
@@ -175,6 +179,17 @@ def check_grid(ts: Any) -> Tensor:
                 f"ts must be strictly monotone; ts[{k}]={t!r} is followed by ts[{k + 1}]={s!r}"
             )
     return times
+
+
+def intervals(ts: Tensor) -> Iterator[tuple[Tensor, Tensor, float, float]]:
+    """(t, s, h, sqrt|h|), h = s - t, for every step of a grid: 0-dim times and numbers.
+
+    They are made some at a time, so that a long grid takes no room.
+    """
+    for k in range(0, len(ts) - 1, 256):
+        part = ts[k : k + 257]
+        times, h = part.unbind(0), part.diff()
+        yield from zip(times, times[1:], h.tolist(), h.abs().sqrt().tolist(), strict=False)
 
 
 def _gaussian(sde: SDE) -> GaussianSDE:

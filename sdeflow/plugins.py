@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,8 +62,17 @@ class Specs:
         [-1, 1], all of one shape."""
 
     @hookspec
+    def sdeflow_presets(self) -> Mapping[str, Factory]:
+        """name -> factory() of a Preset: eta, solver, grid and steps under one name."""
+
+    @hookspec
     def sdeflow_commands(self) -> Mapping[str, Factory]:
         """name -> function; its signature and docstring become a subcommand of `sdeflow`."""
+
+    @hookspec
+    def sdeflow_aliases(self) -> Mapping[str, Mapping[str, str]]:
+        """kind -> {other name: name}: what else a thing is called. `get` understands both; the
+        catalogue lists names alone, and a name goes before an alias."""
 
 
 KINDS = {
@@ -71,6 +81,7 @@ KINDS = {
     "grid": "sdeflow_grids",
     "network": "sdeflow_networks",
     "dataset": "sdeflow_datasets",
+    "preset": "sdeflow_presets",
     "command": "sdeflow_commands",
 }
 
@@ -86,8 +97,14 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        """The first line of the factory's docstring."""
-        return (self.factory.__doc__ or "").strip().split("\n")[0]
+        """The first line of the factory's docstring; and what a partial one sets."""
+        factory, settings = self.factory, ""
+        if isinstance(factory, functools.partial) and factory.__doc__ == functools.partial.__doc__:
+            bound = inspect.signature(factory.func).bind_partial(*factory.args, **factory.keywords)
+            settings = ", ".join(f"{name}={value!r}" for name, value in bound.arguments.items())
+            factory = factory.func
+        first = (factory.__doc__ or "").strip().split("\n")[0]
+        return f"{first} [{settings}]" if settings else first
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ class Plugins:
             self.manager.register(plugin, name)
             self.manager.check_pending()
             if not self.manager.get_hookcallers(plugin):
-                hooks = ", ".join(KINDS.values())
+                hooks = ", ".join([*KINDS.values(), "sdeflow_aliases"])
                 raise PluginError(f"it offers nothing: mark one of {hooks} with @hookimpl")
         except Exception as error:
             if self.manager.has_plugin(name):
@@ -164,6 +181,30 @@ class Plugins:
         names = [entry.name for entry in entries]
         return {entry.name: entry for entry in entries if names.count(entry.name) == 1}
 
+    def aliases(self, kind: str) -> dict[str, str]:
+        """other name -> name, of a kind; of two plugins that differ the first counts, with a
+        warning."""
+        found: dict[str, str] = {}
+        for implementation in self.manager.hook.sdeflow_aliases.get_hookimpls():
+            plugin = implementation.plugin_name
+            if any(broken.plugin == plugin for broken in self.broken):
+                continue
+            try:
+                told: Any = implementation.function()
+                offered = dict(told.get(kind, {}))
+            except Exception as error:
+                self._quarantine(plugin, error)
+                continue
+            for alias, name in offered.items():
+                if found.setdefault(alias, name) != name:
+                    warnings.warn(
+                        f"{self._owners[plugin]} calls {kind} {name!r} {alias!r}, which is already "
+                        f"another name of {found[alias]!r}; the first is kept",
+                        PluginWarning,
+                        stacklevel=3,
+                    )
+        return found
+
     def find(self, kind: str, name: str) -> Entry:
         """The one entry of that name, or an error that tells what is wrong."""
         entries = self.entries(kind)
@@ -175,7 +216,11 @@ class Plugins:
             raise PluginError(
                 f"{kind} {name!r} is offered by {both}; uninstall one, or pass the object itself"
             )
-        message = f"{kind} {name!r} is unknown{did_you_mean(name, {e.name for e in entries})}"
+        aliases, names = self.aliases(kind), {entry.name for entry in entries}
+        if aliases.get(name) in names:
+            return self.find(kind, aliases[name])
+        known = names | {alias for alias, target in aliases.items() if target in names}
+        message = f"{kind} {name!r} is unknown{did_you_mean(name, known)}"
         if not self.broken:
             raise UnknownNameError(message)
         reasons = "; ".join(
@@ -207,7 +252,8 @@ def plugins() -> Plugins:
 
 
 def catalogue(kind: str) -> dict[str, Entry]:
-    """name -> entry of a kind: "sde", "solver", "grid", "network", "dataset" or "command"."""
+    """name -> entry of a kind: "sde", "solver", "grid", "network", "dataset", "preset" or
+    "command"."""
     return plugins().catalogue(kind)
 
 

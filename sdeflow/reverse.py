@@ -3,7 +3,8 @@
     dx = [f - (1 + eta^2)/2 (div(G G^T) + G G^T s)] dt + eta G dw,      run from T down
 
 eta = 1 is the reverse-time SDE, eta = 0 the probability-flow ODE; every eta in between has the
-same marginals p_t. The divergence matters where the noise depends on the state.
+same marginals p_t. The divergence matters where the noise depends on the state. f is the Ito drift,
+whichever calculus the forward SDE declares, and the process is meant in the Ito sense.
 Source: Anderson (1982); Haussmann & Pardoux (1986); Song et al. (2021, Score-SDE), appendix A, D.1.
 """
 
@@ -14,8 +15,10 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .calculus import ito_drift
 from .errors import ArgumentError, PairingError
 from .sde import SDE, GaussianSDE, as_time, match
 
@@ -71,6 +74,11 @@ class ReverseSDE(SDE):
         return self.forward.additive
 
     @property
+    def commutative(self) -> bool:  # type: ignore[override]
+        """Whether matrix noise is known to commute."""
+        return self.forward.commutative
+
+    @property
     def direction(self) -> int:  # type: ignore[override]
         """-1: down in time; 0, either way, for the ODE."""
         return -1 if self.eta else 0
@@ -102,11 +110,19 @@ class ReverseSDE(SDE):
         pull = forward.covariance_product(x, t, self.score(x, t))
         if not forward.additive:
             pull = pull + forward.divergence(x, t)
-        return forward.drift(x, t) - weight * pull
+        return ito_drift(forward, x, t) - weight * pull
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """eta g(x, t)."""
         return self.eta * self.forward.diffusion(x, as_time(t))
+
+    def noise_shape(self, x: Tensor) -> torch.Size:
+        """That of the forward SDE."""
+        return self.forward.noise_shape(x)
+
+    def spread(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """eta G(x, t) z."""
+        return self.eta * self.forward.spread(x, as_time(t), z)
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t = x]: the denoiser's own, or Tweedie's (x + sigma^2 score)/alpha."""

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from .driver import Run
-from .errors import GridError, PairingError, ShapeError, all_finite
+from .errors import ArgumentError, GridError, PairingError, ShapeError, all_finite
 from .grid import check_grid
 from .noise import Noise, Seed, fresh_seed, start
 from .reverse import ReverseSDE
 from .sde import SDE
 from .solver import Solver
+from .system import LinearSystem
 
 
 @dataclass(frozen=True)
@@ -82,29 +83,36 @@ def integrate(
     noise: Noise | None = None,
     keep: bool = False,
     grad: bool = False,
+    compile: bool = False,
     progress: bool = False,
 ) -> Solution:
     """Carry x along the grid and return the `Solution`. Arguments as for `trajectory`, and
 
     keep: also return the states at all times. grad: let gradients flow to x and to the score's
     parameters through the plain loop. progress: show a bar.
+    compile: run fifty steps at a time in one graph of torch.compile, which takes some seconds to
+    make, once for every solver, process and shape of x: for many steps of small states. The numbers
+    are the same up to rounding.
     The end is checked for non-finite values; if there are any, the step where they arose is named.
     """
     with nullcontext() if grad else torch.no_grad():
-        run = Run.prepare(process, x, ts, solver, seed, noise, fuse=not grad)
-        if keep or run.tableau is None:
+        if compile and (keep or grad):
+            raise ArgumentError(
+                f"compile=True gives the last state alone, without gradients: leave out "
+                f"{'keep' if keep else 'grad'}=True, or compile=True"
+            )
+        run = Run.prepare(process, x, ts, solver, seed, noise, fuse=not (grad or compile))
+        if keep:
             path = [x]
             for _, state in _bar(run.states(), run.steps) if progress else run.states():
-                if not keep:
-                    path.clear()
                 path.append(state)
         else:
             path = []
-            done = run.finish(path)
+            done = run.finish(path, compile)
             for _ in _bar(done, run.steps) if progress else done:
                 pass
         if not all_finite(path[-1]):
-            run.blame()
+            run.blame([all_finite(state) for state in path[1:]].index(False) if keep else None)
     kept = torch.stack(path) if keep else None
     return Solution(path[-1], run.ts, run.nfe, run.seed, run.tableau is not None, kept)
 
@@ -124,7 +132,8 @@ def sample(
 ) -> Solution:
     """Samples from noise: x_T from the prior, carried to the end of the grid.
 
-    process: reverse(sde, score) or probability_flow(sde, score) of a Gaussian SDE.
+    process: reverse(sde, score) or probability_flow(sde, score) of a Gaussian SDE, or of
+    a LinearSystem (with its solvers, such as "gddim", and the grid "uniform").
     shape: of the batch, (B, *). solver: an object or a registered name. grid: a name, a function
     (sde, n) -> times, or the times. steps: of the grid. seed: an int, or one int a sample (sample
     i then depends on seed[i] alone); None draws one, which the Solution tells.
@@ -139,7 +148,8 @@ def sample(
     if not dtype.is_floating_point:
         raise ShapeError(f"dtype={dtype} must be a floating-point one, such as torch.float32")
     seed = fresh_seed() if seed is None else seed
-    x = process.gaussian.prior(start(seed, shape, dtype, torch.device(device)), ts[0])
+    forward = process.forward if isinstance(process.forward, LinearSystem) else process.gaussian
+    x = forward.prior(start(seed, shape, dtype, torch.device(device)), ts[0])
     return integrate(process, x, ts, solver, seed=seed, keep=keep, progress=progress)
 
 

@@ -1,39 +1,57 @@
 """Forward stochastic differential equations: `SDE`, and `GaussianSDE` with its exact kernel.
 
-An SDE is dx = f(x, t) dt + g(x, t) dw (Ito) on 0 <= t <= T, data at t = 0 and noise at t = T.
+An SDE is dx = f(x, t) dt + g(x, t) dw on 0 <= t <= T, data at t = 0 and noise at t = T.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, ShapeError, all_finite
+from .derivatives import divergence, flat, one_each, slope
+from .errors import ArgumentError, ShapeError, all_finite, one_of
+
+NOISES = ("elementwise", "scalar", "matrix")
+CALCULI = ("ito", "stratonovich")
 
 
 class SDE(ABC):
-    """A forward SDE, dx = f(x, t) dt + g(x, t) dw, in the Ito sense.
+    """A forward SDE, dx = f(x, t) dt + g(x, t) dw.
 
-    A subclass writes two methods. With `noise = "elementwise"` (the default) `diffusion` returns a
-    g that broadcasts against x, and every component has a Wiener process of its own; with
-    `noise = "matrix"` it returns G of shape (B, *, m), and m Wiener processes drive the state.
+    A subclass writes two methods, `drift` and `diffusion`, and says what the noise is:
+    noise = "elementwise" (the default): g broadcasts against x, and every component has a Wiener
+        process of its own;
+    noise = "scalar": g broadcasts against x, and one Wiener process drives all of a sample;
+    noise = "matrix": G has the shape (B, *, m), and m Wiener processes drive the state.
+    calculus = "ito" (the default) or "stratonovich": how the product g dw is meant. Solvers that
+        work in the other sense get the drift converted.
     States have any rank: x is (B, *). t is () or (B,).
     """
 
     T: float = 1.0
     """The last time; data sit at t = 0."""
 
-    noise: ClassVar[Literal["elementwise", "matrix"]] = "elementwise"
+    noise: ClassVar[Literal["elementwise", "scalar", "matrix"]] = "elementwise"
+    calculus: ClassVar[Literal["ito", "stratonovich"]] = "ito"
     additive: ClassVar[bool] = False
     """Whether g is known not to depend on x."""
 
+    commutative: ClassVar[bool] = False
+    """Whether matrix noise is known to commute: (dg_k) g_l = (dg_l) g_k for all columns of G.
+    (Scalar and additive noise does, and elementwise noise whose g_i looks at x_i alone.)"""
+
     direction: ClassVar[int] = 1
     """+1 runs up in time, -1 down, 0 either way (an ODE)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, allowed in (("noise", NOISES), ("calculus", CALCULI)):
+            if isinstance(value := getattr(cls, name), str):  # else a property, or a field
+                one_of(f"{cls.__name__}.{name}", value, allowed)
 
     @property
     def deterministic(self) -> bool:
@@ -49,9 +67,12 @@ class SDE(ABC):
         """g(x, t), broadcasting against x; or the matrix G(x, t) of shape (B, *, m)."""
 
     def noise_shape(self, x: Tensor) -> torch.Size:
-        """The shape of one Wiener increment: that of x, or (B, m) for matrix noise."""
+        """The shape of one Wiener increment: that of x; (B, 1) for scalar noise, (B, m) for a
+        matrix."""
         if self.noise == "elementwise":
             return x.shape
+        if self.noise == "scalar":
+            return torch.Size((x.shape[0], 1))
         t = torch.as_tensor(self.T, dtype=torch.float64)
         return torch.Size((x.shape[0], self.diffusion(x, t).shape[-1]))
 
@@ -60,71 +81,30 @@ class SDE(ABC):
         g = self.diffusion(x, t)
         if self.noise == "elementwise":
             return g * z
-        return (g * z.reshape(z.shape[0], *[1] * (x.ndim - 1), -1)).sum(-1)
+        if self.noise == "scalar":
+            return g * z.reshape(one_each(x))
+        return (g * z.reshape(*one_each(x), z.shape[-1])).sum(-1)
 
     def covariance_product(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """(G G^T)(x, t) v, for v of the shape of x."""
         g = self.diffusion(x, t)
         if self.noise == "elementwise":
             return g * g * v
-        back = _flat(g * v.unsqueeze(-1), x).sum(1)
-        return (g * back.reshape(back.shape[0], *[1] * (x.ndim - 1), -1)).sum(-1)
+        if self.noise == "scalar":
+            return g * flat(g * v).sum(1).reshape(one_each(x)).expand(x.shape)
+        back = (g * v.unsqueeze(-1)).reshape(*flat(x).shape, g.shape[-1]).sum(1)
+        return (g * back.reshape(*one_each(x), g.shape[-1])).sum(-1)
 
     def divergence(self, x: Tensor, t: Tensor) -> Tensor:
         """div(G G^T)_i = sum_j d_j (G G^T)_ij, of the shape of x, by autograd.
 
-        Zero where G does not depend on x. For elementwise noise two vector-Jacobian products tell
-        whether g_i depends on x_i alone (then they are the answer); otherwise, and for matrix
-        noise, d Jacobian-vector products are made, d being the size of one state.
+        Zero where G does not depend on x. Where each g_i looks at x_i alone it costs two
+        vector-Jacobian products; otherwise, and for matrix noise, d Jacobian-vector products, d
+        being the size of one state: override it where there is a closed form, or see `Hutchinson`.
         """
         if self.additive:
             return torch.zeros_like(x)
-        if self.noise == "matrix":
-            return self._matrix_divergence(x, t)
-        with torch.enable_grad():
-            y = x if x.requires_grad else x.detach().requires_grad_()
-            g = self.diffusion(y, t)
-            if not g.requires_grad:
-                return torch.zeros_like(x)
-            a = (g * g).expand(x.shape)
-            keep = x.requires_grad
-            # An irregular probe: on a straight ramp, neighbours left and right would cancel.
-            squares = torch.arange(a.numel(), dtype=a.dtype, device=a.device) ** 2
-            probe = 1.5 + squares.sin().reshape(a.shape)
-            first, second = (
-                torch.autograd.grad(
-                    a, y, v, retain_graph=True, create_graph=keep, allow_unused=True
-                )[0]
-                for v in (torch.ones_like(a), probe)
-            )
-        if first is None or second is None:
-            return torch.zeros_like(x)
-        tolerance = 1e3 * torch.finfo(x.dtype).eps
-        if ((first * probe - second).abs() <= tolerance * second.abs().amax()).all():
-            return first
-        return self._diagonal_divergence(x, t)
-
-    def _diagonal_divergence(self, x: Tensor, t: Tensor) -> Tensor:
-        """d_i (g_i^2) where g_i looks at other components too: one product a component."""
-
-        def squared(y: Tensor) -> Tensor:
-            return (self.diffusion(y, t) ** 2).expand(y.shape)
-
-        columns = []
-        for j in range(x[0].numel()):
-            e = _basis(x, j)
-            columns.append(_jvp(squared, x, e).reshape(len(e), math.prod(e.shape[1:]))[:, j])
-        return torch.stack(columns, 1).reshape(x.shape)
-
-    def _matrix_divergence(self, x: Tensor, t: Tensor) -> Tensor:
-        def gram(y: Tensor) -> Tensor:
-            g = _flat(self.diffusion(y, t), y)
-            return g @ g.mT
-
-        total = x.new_zeros(x.shape[0], math.prod(x.shape[1:]))
-        for j in range(total.shape[1]):
-            total = total + _jvp(gram, x, _basis(x, j))[:, :, j]
-        return total.reshape(x.shape)
+        return divergence(lambda y: self.diffusion(y, t), self.noise, x)
 
 
 class GaussianSDE(SDE):
@@ -173,7 +153,7 @@ class GaussianSDE(SDE):
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(d alpha/dt, d sigma/dt), by reverse-mode autograd."""
-        return _slope(self.alpha, t), _slope(self.sigma, t)
+        return slope(self.alpha, t), slope(self.sigma, t)
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(f_t, g_t^2) of dx = f_t x dt + g_t dw. Override where there are closed forms."""
@@ -280,38 +260,3 @@ def as_time(t: Tensor | float) -> Tensor:
     if not (t >= 0 and t < float("inf")):
         raise ArgumentError(f"t={t!r} must be a finite time >= 0")
     return torch.tensor(float(t), dtype=torch.float64)
-
-
-def _slope(schedule: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """d schedule/dt at t, of the shape of schedule(t)."""
-    create = torch.is_grad_enabled() and t.requires_grad
-    with torch.enable_grad():
-        u = t if create else t.detach().requires_grad_()
-        a = schedule(u)
-        if not a.requires_grad:
-            return torch.zeros_like(a)
-        if a.shape == u.shape:
-            slope = torch.autograd.grad(a.sum(), u, create_graph=create, allow_unused=True)[0]
-            return torch.zeros_like(a) if slope is None else slope
-        # More outputs than times: J v by differentiating v -> J^T v once more.
-        v = torch.zeros_like(a, requires_grad=True)
-        back = torch.autograd.grad(a, u, v, create_graph=True)[0]
-        slope = torch.autograd.grad(back.sum(), v, create_graph=create)[0]
-    return slope
-
-
-def _jvp(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """The derivative of function at x along v, by reverse mode twice; kept where x is."""
-    return torch.autograd.functional.jvp(function, x, v, create_graph=x.requires_grad)[1]
-
-
-def _flat(g: Tensor, x: Tensor) -> Tensor:
-    """A matrix G of shape (B, *, m) for a state x (B, *), as (B, d, m)."""
-    return g.reshape(x.shape[0], math.prod(x.shape[1:]), g.shape[-1])
-
-
-def _basis(x: Tensor, j: int) -> Tensor:
-    """The j-th unit vector of the state space, for each sample of the batch."""
-    e = x.new_zeros(x.shape[0], math.prod(x.shape[1:]))
-    e[:, j] = 1
-    return e.reshape(x.shape)

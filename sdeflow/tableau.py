@@ -38,10 +38,11 @@ class Evaluation(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Draw unit normals for [t, s]; they are the next register."""
+    """Draw unit normals for [t, s], of the increment or of the area; the next register."""
 
     t: Tensor
     s: Tensor
+    area: bool = False
 
 
 class Row(NamedTuple):
@@ -108,9 +109,22 @@ class _Recorder:
         self.operations.append(Evaluation(_terms(x), torch.as_tensor(t, dtype=torch.float64)))
         return self._next()
 
-    def noise(self, t: Tensor, s: Tensor) -> Symbol:
-        self.operations.append(Draw(t, s))
+    def draw(self, t: Tensor, s: Tensor, area: bool = False) -> Symbol:
+        self.operations.append(Draw(t, s, area))
         return self._next()
+
+
+class _RecordingNoise:
+    """A recorder with the face of a noise source."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, t: Tensor, s: Tensor) -> Symbol:
+        return self._recorder.draw(t, s)
+
+    def area(self, t: Tensor, s: Tensor) -> Symbol:
+        return self._recorder.draw(t, s, True)
 
 
 class _RecordingDenoiser:
@@ -161,6 +175,7 @@ def _trace(solver: StepSolver, process: ReverseSDE, ts: Tensor) -> Tableau:
         process = process.with_score(_RecordingDenoiser(recorder))
     else:
         process = process.with_score(recorder)
+    noise: Any = _RecordingNoise(recorder)
     rows: list[Row] = []
     memory = solver.init(process, recorder.register(0), ts)  # type: ignore[arg-type]
     for t, s in zip(ts[:-1], ts[1:], strict=True):
@@ -174,7 +189,7 @@ def _trace(solver: StepSolver, process: ReverseSDE, ts: Tensor) -> Tableau:
         recorder.begin(len(held))
         memory = _map(layout, lambda slot: recorder.register(slot.i))
         x: Any
-        x, memory = solver.step(process, recorder.register(0), t, s, recorder.noise, memory)  # type: ignore[arg-type]
+        x, memory = solver.step(process, recorder.register(0), t, s, noise, memory)  # type: ignore[arg-type]
         if not isinstance(x, Symbol) or x.frame is not recorder.frame:
             raise NotLinear("the step returns something that is not this step's state")
         state = _terms(x)

@@ -22,9 +22,11 @@ from sdeflow import (
     trajectory,
 )
 from sdeflow.backends import ODE_METHODS
+from sdeflow.backends.ode import SCIPY as SCIPY_METHODS
 from sdeflow.grid import log_snr, uniform
 
 DOUBLE = {"dtype": torch.float64}
+SCIPY = "scipy_solver"
 ADAPTIVE = [m for m, (_, evaluations) in ODE_METHODS.items() if evaluations is None]
 FIXED = [m for m in ODE_METHODS if m not in ADAPTIVE]
 every_method = pytest.mark.parametrize("method", ODE_METHODS)
@@ -66,7 +68,9 @@ def test_a_run_is_torchdiffeq_s_own(method, backwards):
     def slope(t, x):
         return torch.cos(3 * t) * torch.tanh(x)
 
+    """Down to its options: see `test_explicit_adams...` and the norm of the worst sample."""
     options = {"norm": lambda y: y.square().mean(1).sqrt().max()} if method in ADAPTIVE else {}
+    options |= {"max_order": 5} if method == "explicit_adams" else {}
     theirs = torchdiffeq.odeint(slope, x, ts, rtol=1e-6, atol=1e-6, method=method, options=options)
     process = ODE(lambda x, t: slope(t, x))
     ours = integrate(process, x, ts, TorchDiffEq(method, 1e-6, 1e-6), keep=True).path
@@ -153,12 +157,15 @@ RATE[17] = 30.0
 
 @adaptive
 def test_a_hard_sample_is_solved_as_well_among_easy_ones(method):
+    """Exactly as well; by scipy, which knows one norm for all, at least as well."""
+
     def error(rate):
         process, start = ODE(lambda x, t: -rate * x), torch.ones_like(rate)
         end = integrate(process, start, line(2), TorchDiffEq(method, 1e-6, 1e-6)).x
         return float((end - torch.exp(-rate)).abs().max())
 
-    assert error(RATE) == pytest.approx(error(RATE[17:18]), rel=1e-6)
+    among, alone = error(RATE), error(RATE[17:18])
+    assert among <= alone if method == SCIPY else among == pytest.approx(alone, rel=1e-6)
 
 
 def test_the_library_s_own_norm_would_sacrifice_it():
@@ -175,7 +182,7 @@ def test_the_library_s_own_norm_would_sacrifice_it():
 @adaptive
 def test_the_bound_on_evaluations_ends_a_stiff_run(method):
     process = ODE(lambda x, t: -1e6 * (x - torch.cos(t)))
-    solver = TorchDiffEq(method, max_evaluations=200)
+    solver = TorchDiffEq(method, max_evaluations=200, scipy="RK45")
     with pytest.raises(SolverError, match=rf"{method} made max_evaluations=200 .* loosen rtol"):
         integrate(process, torch.zeros(2, 1, **DOUBLE), line(), solver)
 
@@ -194,7 +201,6 @@ def test_a_solution_that_runs_off_is_an_error_of_ours(method):
 
 
 @every_method
-@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
 def test_a_nan_is_named_with_its_time(method):
     def slope(x, t):
         return x * math.nan if t > 0.55 else -x
@@ -204,6 +210,57 @@ def test_a_nan_is_named_with_its_time(method):
         integrate(ODE(slope), torch.ones(2, 1, **DOUBLE), line(), TorchDiffEq(method))
     with pytest.raises(NonFiniteError, match=where):
         list(trajectory(ODE(slope), torch.ones(2, 1, **DOUBLE), line(), TorchDiffEq(method)))
+
+
+@pytest.mark.parametrize("scipy", SCIPY_METHODS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_method_of_scipy_is_there(scipy, backwards):
+    ts = line().flip(0) if backwards else line()
+    x = torch.linspace(0.5, 1, 6, **DOUBLE).view(3, 2)
+    process = ODE(lambda x, t: torch.cos(3 * t) * x)
+    run = integrate(process, x, ts, TorchDiffEq(SCIPY, 1e-6, 1e-6, scipy=scipy), keep=True)
+    exact = x * torch.exp((torch.sin(3 * ts) - torch.sin(3 * ts[0])) / 3)[:, None, None]
+    torch.testing.assert_close(run.path, exact, rtol=1e-4, atol=0)
+    assert TorchDiffEq(SCIPY, scipy=scipy).order == SCIPY_METHODS[scipy]
+
+
+@pytest.mark.parametrize("scipy", ["Radau", "BDF", "LSODA"])
+def test_a_stiff_problem_has_a_solver(scipy):
+    process = ODE(lambda x, t: -1e6 * (x - torch.cos(t)))
+    run = integrate(process, torch.zeros(2, 1, **DOUBLE), line(), TorchDiffEq(SCIPY, scipy=scipy))
+    assert run.nfe < 300
+    torch.testing.assert_close(run.x, torch.full((2, 1), math.cos(1), **DOUBLE), rtol=0, atol=1e-4)
+
+
+def test_explicit_adams_is_stable_where_its_order_shows():
+    """The library's own choice, 11 steps back, is not: the planted fault."""
+    x, ts = torch.ones(1, 1, **DOUBLE), line(81)
+
+    def error(end):
+        return abs(float(end) - math.exp(-1.3))
+
+    own = torchdiffeq.odeint(lambda t, x: -1.3 * x, x, ts, method="explicit_adams")[-1]
+    ours = integrate(ODE(lambda x, t: -1.3 * x), x, ts, TorchDiffEq("explicit_adams")).x
+    assert error(own) > 1e3 * error(ours) and error(ours) < 1e-6
+
+
+def test_implicit_adams_fails_where_its_iteration_does():
+    process = ODE(lambda x, t: -80 * x)
+    with pytest.raises(SolverError, match=r"did not converge at t=0\.\d+ .*finer grid, or .*Radau"):
+        integrate(process, torch.ones(2, 1, **DOUBLE), line(), TorchDiffEq("implicit_adams"))
+
+
+@pytest.mark.parametrize("method", FIXED)
+def test_the_times_of_the_grid_reach_the_drift_unrounded(method):
+    """In single precision too; the library rounds them."""
+    seen, ts = [], torch.linspace(0.1, 0.7, 8, **DOUBLE)
+
+    def slope(x, t):
+        seen.append(float(t))
+        return -x
+
+    integrate(ODE(slope), torch.ones(2, 1), ts, TorchDiffEq(method))
+    assert set(ts[:-1].tolist()) <= set(seen)
 
 
 # ---- dtypes, batches, directions
@@ -257,6 +314,7 @@ def test_gradients_flow_through(method):
     ("options", "message"),
     [
         ({"method": "dopri"}, r"method='dopri' is unknown; did you mean 'dopri5'"),
+        ({"scipy": "Radau5"}, r"scipy='Radau5' is unknown; did you mean 'Radau'"),
         ({"rtol": 0.0}, r"rtol=0.0 must be in \(0, 1\)"),
         ({"atol": -1e-5}, r"atol=-1e-05 must be in \(0, 1\)"),
         ({"atol": math.nan}, r"atol=nan must be in \(0, 1\)"),

@@ -61,6 +61,16 @@ def test_list_prints_every_name_with_its_distribution(capsys):
     assert "  list " in out
 
 
+def test_list_prints_presets_and_other_names(capsys):
+    assert run("list") == 0
+    out = capsys.readouterr().out
+    assert "\npresets\n" in out and "edm_heun, karras, 18 steps, probability flow." in out
+    lines = out.splitlines()
+    (ddim,) = [k for k, line in enumerate(lines) if line.split()[:1] == ["ddim"]]
+    assert lines[ddim + 1].split()[:2] == ["also:", "DDIMScheduler,"]
+    assert "also: exponential, lu_lambdas" in out
+
+
 def test_list_of_one_kind_with_options(capsys):
     assert run("list", "--kind", "sde", "--options", "true") == 0
     out = capsys.readouterr().out
@@ -122,6 +132,16 @@ def test_sample_writes_a_picture_and_the_samples(trained, capsys):
     assert np.load(trained / "samples" / "ddim_4.npy").shape == (5, 2)
     with Image.open(trained / "samples" / "ddim_4.png") as image:
         assert image.size[0] > 100
+
+
+def test_sample_takes_a_preset_instead_of_its_parts(trained, capsys):
+    assert run("sample", trained, "--n", 5, "--preset", "dpm_solver_2_10", "--save", "npy") == 0
+    assert "5 samples in 20 evaluations" in capsys.readouterr().out
+    assert np.load(trained / "samples" / "dpm_solver_2_10.npy").shape == (5, 2)
+    assert run("sample", trained, "--preset", "unipc_10", "--steps", 5) == 2
+    assert "preset='unipc_10' sets the solver" in capsys.readouterr().err
+    assert run("sample", trained, "--preset", "unipc_11") == 2
+    assert "preset 'unipc_11' is unknown; did you mean 'unipc_10'" in capsys.readouterr().err
 
 
 def test_sample_by_seeds_gives_each_sample_its_own(trained, tmp_path):

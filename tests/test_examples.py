@@ -36,7 +36,7 @@ def blocks(file):
 # ---- gaussian.py
 
 
-def test_gaussian_measures_the_order_of_every_registered_solver(tmp_path):
+def test_gaussian_measures_the_orders_that_its_solvers_declare(tmp_path):
     import sdeflow
 
     text = run(EXAMPLES / "gaussian.py", "--out", "solvers.png", cwd=tmp_path)
@@ -48,24 +48,28 @@ def test_gaussian_measures_the_order_of_every_registered_solver(tmp_path):
             for name in row[3].split(" = "):
                 measured[kind][name] = (row[1], float(row[2].split()[-1]))
 
-    solvers = {name: sdeflow.get("solver", name) for name in sdeflow.catalogue("solver")}
-    assert set(measured["ode"]) == {n for n, s in solvers.items() if s.order is not None}
-    assert set(measured["sde"]) == {n for n, s in solvers.items() if s.weak_order is not None}
-    for kind, name, order, error in [
-        ("ode", "ddim", 1, 9e-3),
-        ("ode", "dpmpp_2s", 2, 4e-4),
-        ("ode", "dpmpp_2m", 2, 1e-4),
-        ("ode", "heun", 2, 1e-4),
-        ("ode", "torchdiffeq_heun3", 3, 4e-6),
-        ("sde", "ddpm", 1, 5e-2),
-        ("sde", "euler_maruyama", 1, 2e-2),
-        ("sde", "dpmpp_2m", 2, 8e-4),
-        ("sde", "torchsde_srk", 2, 1e-3),
+    assert len(measured["ode"]) >= 10 and len(measured["sde"]) >= 7
+    for kind, solvers in measured.items():
+        for name, (slope, last) in solvers.items():
+            solver = sdeflow.get("solver", name)
+            if solver.adaptive:
+                assert slope == "-" and last < 1e-6
+                continue
+            declared = solver.order if kind == "ode" else solver.weak_order
+            # deis_tab3 begins at first order, which is not forgotten by 192 steps.
+            assert float(slope) == pytest.approx(declared, abs=0.25), (kind, name)
+    for kind, name, error in [
+        ("ode", "ddim", 9e-3),
+        ("ode", "edm_heun", 1e-3),
+        ("ode", "dpmpp_2m", 1e-4),
+        ("ode", "unipc_3", 2e-7),
+        ("sde", "ddpm", 5e-2),
+        ("sde", "euler_maruyama", 2e-2),
+        ("sde", "dpmpp_2m", 8e-4),
+        ("sde", "torchsde_srk", 1e-3),
     ]:
-        slope, last = measured[kind][name]
-        assert float(slope) == pytest.approx(order, abs=0.1), (kind, name)
-        assert last == pytest.approx(error, rel=0.2), (kind, name)
-    assert re.search(r"ddim = ddpm = dpmpp_1s$", text, re.MULTILINE)  # at eta = 1, found by figures
+        assert measured[kind][name][1] == pytest.approx(error, rel=0.2), (kind, name)
+    assert re.search(r"ddim = ddpm$", text, re.MULTILINE)  # at eta = 1, found by the figures
     assert (tmp_path / "solvers.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -99,6 +103,51 @@ def test_own_sde_recovers_the_moments(tmp_path):
         # Standard errors of 20,000 draws: 0.014 for x_0's mean, 0.016 its deviation, 0.05 the skew.
         assert moments[what][:2] == pytest.approx(exact[:2], abs=0.08), what
         assert moments[what][2] == pytest.approx(exact[2], abs=0.25), what
+
+
+# ---- double_well.py
+
+
+def test_double_well_learns_a_score_and_runs_back(tmp_path):
+    """Sixty steps of training are too few; even so the particles return to the left well."""
+    short = ["--steps", "60", "--particles", "4000", "--out", "wells.png"]
+    text = run(EXAMPLES / "double_well.py", *short, cwd=tmp_path)
+    assert "LocalScoreMatching(sde=DoubleWell(T=8.0), gap=0.1, kernel='corrected'" in text
+    rows = dict(re.findall(r"^ +([a-zA-Z ]+?)((?: +\d\.\d{3})+)$", text, re.MULTILINE))
+    distances = {name: [float(d) for d in row.split()] for name, row in rows.items()}
+    assert set(distances) == {"forward again", "reverse SDE", "probability flow"}
+    assert max(distances["forward again"]) < 0.06
+    # With no score learnt beyond that of equilibrium, they would stay where they end: 0.6 away.
+    assert distances["reverse SDE"][0] < 0.12 and distances["probability flow"][0] < 0.2
+    assert (tmp_path / "wells.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- black_scholes.py
+
+
+def test_black_scholes_prices_lie_within_their_error_bars(tmp_path):
+    """Within five standard errors: a false alarm once in a million."""
+    text = run(EXAMPLES / "black_scholes.py", "--paths", "20000", "--out", "bs.png", cwd=tmp_path)
+    exact, value, bar = map(float, re.search(r"exactly (\S+); .* (\S+) \+- (\S+)", text).groups())
+    assert exact == pytest.approx(0.28976, abs=1e-5) and abs(value - exact) < 5 * bar
+    blocks = re.split(r"  (euler_maruyama|milstein)\n", text.split("Greeks")[0])
+    strong = {}
+    for name, block in zip(blocks[1::2], blocks[2::2], strict=True):
+        rows = re.findall(r"^ +(\d+) +(\S+) \+- (\S+) +(\S+)$", block, re.MULTILINE)
+        errors = {int(k): float(e) for k, e, _, _ in rows}
+        assert 2.5 < errors[4] / errors[16] < 6, name  # weak order 1: 4
+        strong[name] = {int(k): float(e) for k, _, _, e in rows}
+    assert strong["euler_maruyama"][4] / strong["euler_maruyama"][64] == pytest.approx(4, rel=0.1)
+    assert strong["milstein"][4] / strong["milstein"][64] > 10  # strong order 1: 16 in the limit
+    delta, vega = map(float, re.search(r"delta (\S+) +vega (\S+)", text).groups())
+    for name in ("common random numbers", "gradients through the run"):
+        pair = re.search(name + r" +(\S+) \+- (\S+) +(\S+) \+- (\S+)", text).groups()
+        d, d_bar, v, v_bar = map(float, pair)
+        assert abs(d - delta) < 5 * d_bar and abs(v - vega) < 5 * v_bar and d_bar < 0.02
+    heston = re.search(r"Heston +exactly (\S+); .* (\S+) \+- (\S+)", text).groups()
+    exact, value, bar = map(float, heston)
+    assert exact == pytest.approx(0.25045, abs=1e-5) and abs(value - exact) < 5 * bar
+    assert (tmp_path / "bs.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- digits.py
@@ -166,7 +215,7 @@ def test_own_solver_is_listed_with_its_distribution(environment, tmp_path):
 def test_own_solver_passes_its_own_tests(environment):
     folder = EXAMPLES / "own_solver"
     text = run("-m", "pytest", "-p", "no:cacheprovider", cwd=folder, python=environment)
-    assert "5 passed" in text
+    assert "2 passed" in text
 
 
 def test_own_solver_is_unknown_where_it_is_not_installed():

@@ -14,6 +14,7 @@ from sdeflow import (
     ArgumentError,
     Heun,
     PluginError,
+    Preset,
     SdeflowError,
     Solver,
     UnknownNameError,
@@ -27,7 +28,9 @@ BUNDLED = {
     "sde": "vp sub_vp ve cosine edm rectified_flow ou gbm",
     "solver": "euler_maruyama heun ddpm ddim dpmpp_1s dpmpp_2s dpmpp_2m torchdiffeq torchsde "
     "torchdiffeq_dopri5 torchdiffeq_rk4 torchsde_euler torchsde_srk",
-    "grid": "uniform quadratic karras log_snr leading linspace trailing",
+    "grid": "uniform quadratic karras log_snr leading linspace trailing polyexponential arctan "
+    "beta shift dynamic_shift align_your_steps gits",
+    "preset": "ddpm_1000 ddim_50 edm_heun_18 dpmpp_2m_karras_20 unipc_10 flux_euler_28",
     "network": "unet mlp",
     "dataset": "digits folder",
     "command": "train sample compare demo",
@@ -85,8 +88,14 @@ def test_the_catalogue_lists_what_is_bundled_and_from_where(kind):
     assert not plugins().broken
 
 
-def test_every_sde_and_solver_is_built_from_its_name_alone():
-    for kind, kinds in (("sde", SDE), ("solver", Solver)):
+def test_the_summary_of_a_partial_factory_is_that_of_what_it_builds_and_its_settings():
+    summary = catalogue("solver")["ddpm_large"].summary
+    assert summary == f"{catalogue('solver')['ddpm'].summary} [variance='large']"
+    assert not any("partial(func" in entry.summary for entry in catalogue("solver").values())
+
+
+def test_every_sde_solver_and_preset_is_built_from_its_name_alone():
+    for kind, kinds in (("sde", SDE), ("solver", Solver), ("preset", Preset)):
         for name in catalogue(kind):
             assert isinstance(get(kind, name), kinds)
 

@@ -249,7 +249,7 @@ def test_any_sequence_is_a_shape(shape):
     ("options", "error", "message"),
     [
         ({"solver": "dpmpp"}, UnknownNameError, "did you mean 'dpmpp_1s'"),
-        ({"solver": "euler"}, UnknownNameError, "'euler_maruyama'"),
+        ({"solver": "euler_maruyam"}, UnknownNameError, "'euler_maruyama'"),
         ({"solver": ""}, UnknownNameError, "solver '' is unknown; there are: .*ddim"),
         ({"grid": "karas"}, UnknownNameError, "grid 'karas' is unknown; did you mean 'karras'"),
         ({"grid": UP}, GridError, r"times must decrease, from noise to data"),

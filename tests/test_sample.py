@@ -56,12 +56,14 @@ def flow(net=net):
 
 
 @pytest.mark.parametrize("name", catalogue("solver"))
-@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # implicit Adams
 def test_every_registered_solver_samples_by_name(name):
     solver = get("solver", name)
+    if "system" in solver.needs:
+        pytest.skip("for a LinearSystem: see test_gddim.py")
     process = flow() if "ode" in solver.needs else noisy()
-    made = sample(process, (2, 3), solver=name, steps=6, grid="uniform", seed=1, **DOUBLE)
-    again = sample(process, (2, 3), solver=solver, steps=6, grid="uniform", seed=1, **DOUBLE)
+    steps = 40 if "implicit" in name else 6  # whose iteration converges for short steps alone
+    made = sample(process, (2, 3), solver=name, steps=steps, grid="uniform", seed=1, **DOUBLE)
+    again = sample(process, (2, 3), solver=solver, steps=steps, grid="uniform", seed=1, **DOUBLE)
     assert torch.equal(made.x, again.x)
     assert made.x.isfinite().all()
 

@@ -11,17 +11,22 @@ from problems import label
 from sdeflow_plugins.ddim import DDIM
 from sdeflow_plugins.ddpm import DDPM
 from sdeflow_plugins.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
+from sdeflow_plugins.gddim import GDDIM
 
 from sdeflow import (
     GBM,
     OU,
     SDE,
+    SRK,
     VP,
     Denoiser,
+    EulerHeun,
     EulerMaruyama,
     GaussianSDE,
     Heun,
+    Milstein,
     PairingError,
+    Platen,
     ReverseSDE,
     Solver,
     StepSolver,
@@ -38,7 +43,11 @@ from sdeflow.solver import NEEDS
 TS = log_snr(VP(), 8)
 VALUES = (
     EulerMaruyama(),
+    Milstein(),
+    EulerHeun(),
     Heun(),
+    SRK(),
+    Platen(),
     DDIM(),
     DDPM(),
     DDPM("large"),
@@ -59,10 +68,13 @@ def start(*shape):
     return torch.randn(*(shape or (4, 3)), dtype=torch.float64)
 
 
-class StateDependent(OU):
-    """A Gaussian SDE as far as anyone can see, its noise not declared additive."""
+class Coupled(GBM):
+    """Matrix noise that looks at the state, and does not commute."""
 
-    additive = False
+    noise = "matrix"
+
+    def diffusion(self, x, t):
+        return torch.stack((x, x.flip(1)), -1)
 
 
 # ---- values
@@ -117,8 +129,8 @@ def test_a_solver_makes_the_evaluations_it_declares(solver, fused):
 
 
 def test_every_need_has_a_remedy_and_a_solver_or_is_offered_to_plugins():
-    used = {need for solver in VALUES for need in solver.needs}
-    assert used | {"reverse"} == NEEDS.keys()
+    used = {need for solver in (*VALUES, GDDIM()) for need in solver.needs}
+    assert used | {"reverse", "additive"} == NEEDS.keys()
 
 
 # ---- refusals
@@ -135,13 +147,27 @@ class Needy(DDIM):
         return (self.need,)
 
 
+class Spectrum(GaussianSDE):
+    """An elementwise schedule: every component fades at a rate of its own."""
+
+    def alpha(self, t):
+        return torch.exp(-t[..., None] * torch.arange(1, 4).double())
+
+    def sigma(self, t):
+        return torch.sqrt(1 - self.alpha(t) ** 2)
+
+
 REFUSED = {
     # need         process, and what the message says
     "reverse": (OU(), "is no reverse process; wrap it: reverse"),
     "gaussian": (reverse(GBM(), never), "does not reverse a GaussianSDE"),
+    "system": (reverse(VP(), never), r"does not reverse a LinearSystem .*DDIM\(\)"),
+    "one alpha": (reverse(Spectrum(), never), r"elementwise schedules.*use DPMpp2M\(\) or DDIM"),
     "ode": (reverse(VP(), never), "is not deterministic; use probability_flow"),
     "eta=1": (ReverseSDE(VP(), never, 0.5), r"does not have eta = 1; .*DDIM\(\)"),
     "additive": (reverse(GBM(), never), "noise that may depend on the state; use EulerMaruyama"),
+    "commutative": (Coupled(), r"not known to commute; use EulerMaruyama\(\) or EulerHeun\(\)"),
+    "diagonal": (Coupled(), r"matrix noise that may depend on the state; use Milstein\(\)"),
     "noise": (probability_flow(VP(), never), r"is deterministic; .*Heun\(\)"),
 }
 
@@ -166,14 +192,15 @@ PAIRINGS = [
     (DPMpp1S(), GBM(), "EulerMaruyama"),
     (DPMpp2S(), GBM(), "EulerMaruyama"),
     (DPMpp2M(), reverse(GBM(), never), "EulerMaruyama"),
-    (Heun(), GBM(), "EulerMaruyama"),
-    (Heun(), reverse(GBM(), never), "additive = True"),
-    (Heun(), reverse(StateDependent(), never), "additive = True"),
+    (Milstein(), Coupled(), "commutative = True"),
+    (Milstein(), reverse(Coupled(), never), "EulerHeun"),
+    (SRK(), Coupled(), "additive = True"),
+    (SRK(), reverse(Coupled(), never), "EulerHeun"),
     (TorchDiffEq(), reverse(VP(), never), "probability_flow"),
     (TorchDiffEq("rk4"), OU(), "probability_flow"),
     (TorchSDE(), probability_flow(VP(), never), "ODE solver"),
-    (TorchSDE("heun"), GBM(), "milstein"),
-    (TorchSDE("midpoint"), reverse(GBM(), never), "Stratonovich"),
+    (TorchSDE("milstein"), Coupled(), "TorchSDE('heun')"),
+    (TorchSDE("srk"), reverse(Coupled(), never), "TorchSDE('euler')"),
 ]
 
 
@@ -189,18 +216,6 @@ def test_heun_takes_the_probability_flow_of_any_sde():
     """Where no noise enters, Ito and Stratonovich are one."""
     x = integrate(probability_flow(GBM(), lambda x, t: -x), 1 + start().abs(), TS, Heun()).x
     assert x.isfinite().all()
-
-
-def test_dpmpp_2s_refuses_componentwise_schedules():
-    class PerComponent(GaussianSDE):
-        def alpha(self, t):
-            return torch.exp(-t[..., None] * torch.tensor([0.5, 1.0, 2.0]).double())
-
-        def sigma(self, t):
-            return torch.sqrt(1 - self.alpha(t) ** 2)
-
-    with pytest.raises(PairingError, match=r"one alpha for all components; use DPMpp2M\(\)"):
-        integrate(reverse(PerComponent(), never), start(), TS, DPMpp2S())
 
 
 @pytest.mark.parametrize("process", [never, None, "vp", VP], ids=label)

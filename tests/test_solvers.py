@@ -1,4 +1,5 @@
-"""The generic solvers: Euler-Maruyama and Heun, on any process, by drift and diffusion alone."""
+"""The generic solvers: Euler-Maruyama and Heun, on any process, by drift and diffusion alone.
+(tests/test_sde_solvers.py has those for noise that depends on the state.)"""
 
 import math
 
@@ -157,18 +158,6 @@ def test_the_weak_order_forward_is_the_declared(solver, order):
         one = torch.ones((), **DOUBLE)
         errors.append(abs(float(made - sde.alpha(one) ** 2 * 0.3 - sde.sigma(one) ** 2)))
     assert slope(errors, [40, 80]) == pytest.approx(order, abs=0.1)
-
-
-class Unchecked(Heun):
-    needs = ()
-
-
-def test_heun_is_refused_on_state_dependent_noise_for_a_reason():
-    """There it has the strong order of Euler-Maruyama at twice the cost."""
-    order = strong_slope(
-        GBM(0.0, 0.5), Unchecked(), lambda w: torch.exp(-0.125 + 0.5 * w), [16, 32, 64, 128], 1.0
-    )
-    assert order == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("solver", [EulerMaruyama(), Heun()], ids=repr)

@@ -5,8 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torchsde
-from problems import BrownianPath
 
 from sdeflow import (
     GBM,
@@ -17,20 +15,19 @@ from sdeflow import (
     Denoiser,
     EulerMaruyama,
     NonFiniteError,
-    PairingError,
     TorchSDE,
     integrate,
     reverse,
     sample,
     trajectory,
 )
-from sdeflow._torchsde import _Increments
 from sdeflow.backends import SDE_METHODS
 from sdeflow.grid import karras, log_snr
 
 DOUBLE = {"dtype": torch.float64}
 UNEVEN = torch.tensor([0.0, 0.1, 0.15, 0.4, 1.0], **DOUBLE)
-STRATONOVICH = [m for m, (calculus, _) in SDE_METHODS.items() if calculus == "stratonovich"]
+STRATONOVICH = [m for m, known in SDE_METHODS.items() if known.calculus == "stratonovich"]
+MATRIX = [m for m, known in SDE_METHODS.items() if known.matrix]
 every_method = pytest.mark.parametrize("method", SDE_METHODS)
 
 
@@ -42,7 +39,7 @@ def pull(x, t):
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4)])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_euler_is_euler_maruyama_on_any_grid_and_rank_in_both_directions(
     shape, dtype, close, backwards
@@ -132,92 +129,7 @@ def test_gradients_flow_through(method):
     assert torch.autograd.gradcheck(end, (x,))
 
 
-# ---- the library itself, where it can go
-
-
-class Replay(torchsde.BaseBrownian):
-    """The increments of a run of ours, for torchsde's driver."""
-
-    def __init__(self, normals, h):
-        super().__init__()
-        self.normals, self.h = normals, h
-
-    def __call__(self, ta, tb=None, return_U=False, return_A=False):
-        z, other = self.normals[round(float(ta) / self.h)]
-        w, u = self.h**0.5 * z, self.h**1.5 * (z / 2 + other / 12**0.5)
-        if return_U:
-            return w, u
-        return (w, torch.zeros(*w.shape, w.shape[1], **DOUBLE)) if return_A else w
-
-    def __repr__(self):
-        return "Replay()"
-
-    @property
-    def shape(self):
-        return self.normals.shape[2:]
-
-    levy_area_approximation = "foster"
-    dtype = property(lambda self: torch.float64)
-    device = property(lambda self: torch.device("cpu"))
-
-
-class Theirs(torch.nn.Module):
-    def __init__(self, sde, calculus):
-        super().__init__()
-        self.sde, self.sde_type, self.noise_type = sde, calculus, "diagonal"
-
-    def f(self, t, y):
-        return self.sde.drift(y, t)
-
-    def g(self, t, y):
-        return self.sde.diffusion(y, t).expand(y.shape)
-
-
-@every_method
-def test_a_run_is_torchsde_s_own_on_an_even_grid(method):
-    """Methods of Stratonovich's calculus on additive noise."""
-    calculus, _ = SDE_METHODS[method]
-    sde = OU(1.5, 0.7) if calculus == "stratonovich" else GBM(0.3, 0.7)
-    ts, y = torch.linspace(0, 1, 9, **DOUBLE), torch.rand(4, 3, **DOUBLE) + 0.5
-    normals = torch.randn(8, 2, 4, 3, **DOUBLE)
-    brownian = Replay(normals, 1 / 8)
-    theirs = torchsde.sdeint(
-        Theirs(sde, calculus), y, ts, bm=brownian, method=method, dt=1 / 8, dt_min=1e-9
-    )
-    draws = {}
-
-    def noise(t, s):
-        k = round(float(t) * 8)
-        draws[k] = draws.get(k, -1) + 1
-        return normals[k, draws[k]]
-
-    ours = integrate(sde, y, ts, TorchSDE(method), noise=noise, keep=True).path
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-# ---- state-dependent and matrix noise
-
-
-@pytest.mark.parametrize("method", STRATONOVICH)
-def test_a_stratonovich_method_is_refused_on_state_dependent_noise(method):
-    for process, ts in ((GBM(), UNEVEN), (reverse(GBM(), pull), UNEVEN.flip(0))):
-        with pytest.raises(PairingError, match=f"{method} converges to the Stratonovich .*'srk'"):
-            integrate(process, torch.ones(2, 1), ts, TorchSDE(method))
-
-
-@pytest.mark.parametrize(("method", "order"), [("euler", 0.5), ("milstein", 1), ("srk", 1.5)])
-def test_the_strong_order_on_geometric_brownian_motion(method, order):
-    """Against the closed form, on the same 4,000 paths."""
-    path, steps = BrownianPath((4000, 1), 128), [16, 128]
-    exact = torch.exp(0.3 - 0.7**2 / 2 + 0.7 * path.end)
-    errors = []
-    for n in steps:
-        ts = torch.linspace(0, 1, n + 1, **DOUBLE)
-        start = torch.ones(4000, 1, **DOUBLE)
-        end = integrate(GBM(0.3, 0.7), start, ts, TorchSDE(method), noise=path.noise(n)).x
-        errors.append(float((end - exact).abs().mean()))
-    slope = np.log(errors[0] / errors[1]) / np.log(8)
-    assert slope == pytest.approx(order, abs=0.1)
+# ---- matrices
 
 
 class Matrix(SDE):
@@ -267,25 +179,6 @@ def test_euler_takes_a_matrix_that_looks_at_the_state():
         for solver in (TorchSDE("euler"), EulerMaruyama())
     )
     torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", ["milstein", "srk"])
-def test_methods_for_elementwise_noise_refuse_a_matrix(method):
-    with pytest.raises(PairingError, match=rf"{method} takes elementwise noise; .*'euler'"):
-        integrate(Matrix(), torch.ones(2, 3), UNEVEN, TorchSDE(method))
-
-
-@pytest.mark.parametrize("backwards", [False, True])
-def test_the_integral_of_the_increment_has_its_exact_law(backwards):
-    """Var W = 1, Var U = 1/3 and Cov(W, U) = 1/2, those of W_1 and of the integral of W over
-    [0, 1]; read off on unit vectors."""
-    unit = iter(torch.eye(2, **DOUBLE)[:, :, None])
-    increments = _Increments(OU(), torch.zeros(1, 1, **DOUBLE), lambda t, s: next(unit))
-    increments.begin(*(UNEVEN[:2].flip(0) if backwards else UNEVEN[:2]))
-    w, u = increments(torch.zeros(()), torch.ones(()), return_U=True)
-    assert torch.equal(increments(torch.zeros(()), torch.ones(())), w)
-    law = torch.cat((w, u), 1).T @ torch.cat((w, u), 1)
-    torch.testing.assert_close(law, torch.tensor([[1, 1 / 2], [1 / 2, 1 / 3]], **DOUBLE))
 
 
 def test_milstein_is_euler_where_the_noise_is_additive():

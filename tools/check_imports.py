@@ -16,29 +16,52 @@ ALLOWED = {
     # module:      what it may import from the core
     "errors": "",
     "noise": "errors",
-    "sde": "errors",
-    "processes": "sde",
+    "derivatives": "",
+    "sde": "errors derivatives",
+    "calculus": "errors derivatives sde",
+    "quadrature": "errors",
+    "linear": "errors quadrature sde",
+    "transitions": "errors quadrature",
+    "system": "errors quadrature sde transitions",
+    "degree": "",
+    "probe": "degree",
+    "coefficients": "errors probe sde",
+    "detect": "errors degree probe coefficients sde linear system",
+    "processes": "errors sde system",
+    "nonlinear": "errors sde",
     "grid": "errors sde",
-    "reverse": "errors sde",
+    "brownian": "errors noise grid",
+    "tree": "errors noise brownian",
+    "reverse": "errors sde calculus",
     "denoiser": "errors sde reverse",
     "loss": "errors sde denoiser",
-    "solver": "errors noise sde reverse",
-    "solvers": "noise sde solver",
-    "_torchsde": "noise sde",
-    "backends": "errors noise sde solver _torchsde",
+    "solver": "errors noise sde system grid reverse",
+    "euler": "errors noise sde grid",
+    "solvers": "errors derivatives noise sde calculus solver euler",
+    "runge_kutta": "derivatives noise sde solver solvers",
+    "backends": "errors derivatives noise sde solver",
+    "embedded": "sde",
+    "adaptive": "errors noise brownian tree sde embedded solver",
     "symbol": "",
     "tableau": "errors sde reverse denoiser solver symbol",
     "fused": "errors noise sde reverse denoiser tableau",
     "plugins": "errors",
-    "driver": "errors noise sde grid reverse solver tableau fused plugins",
-    "sample": "errors noise sde grid reverse solver plugins driver",
-    "testing": "errors noise sde grid reverse denoiser solver solvers backends tableau sample",
+    "compiled": "errors noise sde solver",
+    "driver": "errors noise sde calculus grid reverse solver tableau fused compiled plugins",
+    "sample": "errors noise sde system grid reverse solver plugins driver",
+    "presets": "errors noise plugins reverse sample sde",
+    "testing": "errors plugins derivatives calculus probe coefficients detect noise sde system "
+    "processes nonlinear grid reverse denoiser solver solvers backends tableau sample",
+    "local": "errors derivatives calculus sde system",
+    "matching": "errors derivatives sde denoiser loss solver system detect local sample",
     "cli": "errors plugins testing",
 }
 EAGER = {"torch", "pluggy"}
 """Third-party libraries that `import sdeflow` may load."""
 LAZY = {"torchsde", "torchdiffeq", "tqdm", "jsonargparse"}
-"""Those that the core may import inside functions; `_torchsde` is itself imported that way."""
+"""Those that the core may import inside functions."""
+LATE = {"_torchsde", "_sde_adjoint"}
+"""Files that are themselves imported inside functions."""
 
 
 def imports(tree: ast.AST, eager: bool = True) -> Iterator[tuple[str, bool, int]]:
@@ -85,7 +108,7 @@ def violations(root: Path) -> list[str]:
             if own and target not in allowed:
                 found.append(f"{where}:{line}: {module} may not import {target}")
             elif not own and target not in sys.stdlib_module_names:
-                libraries = EAGER | LAZY if not eager or module == "_torchsde" else EAGER
+                libraries = EAGER | LAZY if not eager or file.stem in LATE else EAGER
                 if target not in libraries:
                     late = " when it is loaded" if target in LAZY else ""
                     found.append(f"{where}:{line}: {module} may not import {target}{late}")

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sdeflow import backends, grid, processes, solvers
+from sdeflow import adaptive, backends, grid, nonlinear, processes, runge_kutta, solvers
 from sdeflow.plugins import hookimpl
 
 
@@ -20,7 +20,15 @@ def sdeflow_sdes() -> dict[str, Callable[..., Any]]:
         "edm": processes.EDM,
         "rectified_flow": processes.RectifiedFlow,
         "ou": processes.OU,
-        "gbm": processes.GBM,
+        "matrix_ou": processes.MatrixOU,
+        "cld": processes.CLD,
+        "brownian_bridge": processes.BrownianBridge,
+        "gbm": nonlinear.GBM,
+        "cir": nonlinear.CIR,
+        "heston": nonlinear.Heston,
+        "double_well": nonlinear.DoubleWell,
+        "student_t": nonlinear.StudentT,
+        "lorenz": nonlinear.Lorenz,
     }
 
 
@@ -33,7 +41,12 @@ def sdeflow_grids() -> dict[str, Callable[..., Any]]:
 def sdeflow_solvers() -> dict[str, Callable[..., Any]]:
     named: dict[str, Callable[..., Any]] = {
         "euler_maruyama": solvers.EulerMaruyama,
+        "milstein": solvers.Milstein,
+        "euler_heun": solvers.EulerHeun,
         "heun": solvers.Heun,
+        "srk": runge_kutta.SRK,
+        "platen": runge_kutta.Platen,
+        "adaptive": adaptive.Adaptive,
         "torchdiffeq": backends.TorchDiffEq,
         "torchsde": backends.TorchSDE,
     }

@@ -30,6 +30,7 @@ class DDIM(StepSolver):
     order = 1
     weak_order = 1
     evaluations = 1
+    point_exact = True
     needs = ("gaussian",)
 
     def step(

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.errors import PairingError
 from sdeflow.noise import Noise
 from sdeflow.plugins import hookimpl
 from sdeflow.reverse import ReverseSDE
-from sdeflow.sde import SDE, match
+from sdeflow.sde import GaussianSDE, match
 from sdeflow.solver import Memory, StepSolver
 
 
@@ -43,6 +42,12 @@ def exponential_euler(
     return mean, s_s * torch.sqrt(1 - decay**2)
 
 
+def predicted_noise(sde: GaussianSDE, x: Tensor, data: Tensor, t: Tensor) -> Tensor:
+    """eps = (x - alpha D)/sigma."""
+    a, s = sde.kernel(x, t)
+    return (x - a * data) / s
+
+
 @dataclass(frozen=True)
 class DPMpp1S(StepSolver):
     """DPM-Solver++ 1S: D frozen at t, first order. DDIM on the probability flow and at eta = 1."""
@@ -50,6 +55,7 @@ class DPMpp1S(StepSolver):
     order = 1
     weak_order = 1
     evaluations = 1
+    point_exact = True
     needs = ("gaussian",)
 
     def step(
@@ -70,15 +76,8 @@ class DPMpp2S(StepSolver):
     order = 2
     weak_order = 2
     evaluations = 2
-    needs = ("gaussian",)
-
-    def check(self, process: SDE) -> None:
-        super().check(process)
-        assert isinstance(process, ReverseSDE)
-        if process.gaussian.alpha(torch.tensor(process.T, dtype=torch.float64)).ndim:
-            raise PairingError(
-                "DPMpp2S needs one alpha for all components; use DPMpp2M() or DDIM()"
-            )
+    point_exact = True
+    needs = ("gaussian", "one alpha")
 
     def step(
         self, process: ReverseSDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory
@@ -99,6 +98,49 @@ class DPMpp2S(StepSolver):
 
 
 @dataclass(frozen=True)
+class DPMpp3S(StepSolver):
+    """DPM-Solver++ 3S: third order, single step, D taken at a third and at two thirds in lambda.
+
+    An exponential Runge-Kutta method of Hochbruck and Ostermann. A step from alpha = 0 or to
+    sigma = 0 is of first order.
+    Source: Lu et al. (2022a, DPM-Solver), algorithm 2, with D for the noise; (2022b).
+    """
+
+    order = 3
+    evaluations = 3
+    point_exact = True
+    needs = ("gaussian", "ode", "one alpha")
+
+    def step(
+        self, process: ReverseSDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory
+    ) -> tuple[Tensor, None]:
+        return third_order(process, x, process.denoise(x, t), t, s), None
+
+
+def third_order(process: ReverseSDE, x: Tensor, data: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """x_s by a step of DPM-Solver++ 3S, D known at t: two more evaluations."""
+    sde = process.gaussian
+    start, end = sde.log_snr(t), sde.log_snr(s)
+    if not (start.isfinite() and end.isfinite()):
+        return exponential_euler(process, x, data, t, s)[0]
+    slope = 0.0 * data
+    for part in (1 / 3, 2 / 3):  # D - D_t over the stage, by its slope in lambda
+        m = sde.time_of_log_snr(start + part * (end - start))
+        stage = linear_data(process, x, data, slope, t, m)
+        slope = (process.denoise(stage, m) - data) / half_log_snr_step(process, x, t, m)
+    return linear_data(process, x, data, slope, t, s)
+
+
+def linear_data(
+    process: ReverseSDE, x: Tensor, data: Tensor, slope: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """x_s on the probability flow for D = data + slope (lambda - lambda_t)."""
+    mean, _ = exponential_euler(process, x, data, t, s)
+    h = half_log_snr_step(process, x, t, s)
+    return mean + process.gaussian.kernel(x, s)[0] * (h + torch.expm1(-h)) * slope
+
+
+@dataclass(frozen=True)
 class DPMpp2M(StepSolver):
     """DPM-Solver++ 2M: second order, multistep, D extrapolated from the last two.
 
@@ -109,6 +151,7 @@ class DPMpp2M(StepSolver):
     order = 2
     weak_order = 2
     evaluations = 1
+    point_exact = True
     needs = ("gaussian",)
 
     def step(
@@ -125,6 +168,62 @@ class DPMpp2M(StepSolver):
         return (mean if process.deterministic else mean + std * noise(t, s)), (data, h)
 
 
+@dataclass(frozen=True)
+class DPMpp3M(StepSolver):
+    """DPM-Solver++ 3M: third order, multistep, D as a parabola in lambda through the last three.
+
+    published: use the coefficients of the authors' code, whose second difference is half of
+        h^2 D'', and which are of second order; its second step is that of 2M. Otherwise the
+        parabola is integrated exactly.
+    The first two steps are of orders 1 and 2, a step to sigma = 0 of order 1.
+    """
+
+    published: bool = False
+
+    weak_order = 2
+    evaluations = 1
+    point_exact = True
+    needs = ("gaussian",)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """3; 2 with the published coefficients."""
+        return 2 if self.published else 3
+
+    def step(
+        self, process: ReverseSDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        data, h = process.denoise(x, t), half_log_snr_step(process, x, t, s)
+        mean, std = exponential_euler(process, x, data, t, s)
+        moved = mean if process.deterministic else mean + std * noise(t, s)
+        past = memory or ()
+        if past and bool(h.isfinite().all()):
+            rate = 1 + process.eta**2
+            first, h_0 = data - past[0][0], past[0][1]
+            slope = (1 / h_0) * first
+            curvature = 0.0 * slope
+            if len(past) > 1:
+                before, h_1 = (1 / past[1][1]) * (past[0][0] - past[1][0]), past[1][1]
+                curvature = (2 / (h_0 + h_1)) * (slope - before)  # D''
+                slope = slope + (h_0 / 2) * curvature
+            decayed = torch.expm1(-rate * h)
+            # INT (1 + tau^2) e^{-(1 + tau^2)(h - y)} y^k dy for k = 1, 2
+            ramp = h + decayed / rate
+            parabola = h**2 - 2 * ramp / rate
+            a_s = process.gaussian.kernel(x, s)[0]
+            share = 0.25 if self.published else 0.5
+            if self.published and len(past) == 1:  # as DPM-Solver++ 2M, the line at the middle
+                ramp = -decayed * h / 2
+            moved = moved + (a_s * ramp) * slope + (share * a_s * parabola) * curvature
+        return moved, ((data, h), *past)[:2] if bool(h.isfinite().all()) else ()
+
+
 @hookimpl
 def sdeflow_solvers() -> dict[str, Callable[..., Any]]:
-    return {"dpmpp_1s": DPMpp1S, "dpmpp_2s": DPMpp2S, "dpmpp_2m": DPMpp2M}
+    return {
+        "dpmpp_1s": DPMpp1S,
+        "dpmpp_2s": DPMpp2S,
+        "dpmpp_3s": DPMpp3S,
+        "dpmpp_2m": DPMpp2M,
+        "dpmpp_3m": DPMpp3M,
+    }

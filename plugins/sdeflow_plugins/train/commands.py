@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sdeflow.errors import ArgumentError, positive_int
-from sdeflow.plugins import plugins
+from sdeflow.plugins import get, plugins
 
 from ..data import TensorData
 from .compare import (
@@ -67,6 +67,7 @@ def sample(
     save: Literal["png", "npy", "safetensors"] = "png",
     out: str = "",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    preset: str = "",
 ) -> None:
     """Draw samples from a trained run.
 
@@ -75,6 +76,7 @@ def sample(
         sdeflow sample runs/digits --solver ddim --steps 50
         sdeflow sample runs/digits --solver ddpm --steps 250 --grid trailing
         sdeflow sample runs/digits --solver torchdiffeq --solver_options.rtol 1e-3
+        sdeflow sample runs/digits --preset unipc_10
         sdeflow sample runs/digits --seeds '[7, 7, 8]' --save npy
 
     Args:
@@ -90,20 +92,33 @@ def sample(
         seed: of the whole batch.
         seeds: one for each sample, instead of n and seed; equal seeds give equal samples.
         save: png writes the picture alone, npy and safetensors also the samples, in [-1, 1].
-        out: the picture's file; by default samples/SOLVER_STEPS.png in the run folder.
+        out: the picture's file; by default samples/SOLVER_STEPS.png, or samples/PRESET.png, in the
+            run folder.
         device: auto, cpu or cuda.
+        preset: solver, eta, grid and steps by one name, instead of them; `sdeflow list` prints
+            them.
     """
+    sampler = Sampler(solver, solver_options or {}, eta, grid, grid_options or {})
+    if preset:
+        if (sampler, steps) != (Sampler("dpmpp_2m", grid="log_snr"), 20):
+            raise ArgumentError(
+                f"preset={preset!r} sets the solver, eta, the grid, their options and the steps: "
+                "leave them out, or leave out the preset"
+            )
+        named = get("preset", preset)
+        steps = named.steps
+        given = dict(named.solver_options), named.eta, named.grid, dict(named.grid_options)
+        sampler = Sampler(named.solver, *given)
     opened = Run.open(run)
     n = positive_int("n", n) if seeds is None else len(seeds)
     if not n:
         raise ArgumentError("seeds=[] is empty; give one seed for each sample, such as '[0, 1]'")
     place = pick_device(device)
     denoiser, shape = opened.denoiser(place)
-    sampler = Sampler(solver, solver_options or {}, eta, grid, grid_options or {})
     solution = sampler.run(
         denoiser, (n, *shape), steps, seed if seeds is None else seeds, place, progress=True
     )
-    path = Path(out) if out else opened.path / "samples" / f"{solver}_{steps}.png"
+    path = Path(out) if out else opened.path / "samples" / f"{preset or f'{solver}_{steps}'}.png"
     written = []
     x = solution.x.cpu()
     if save != "png":

@@ -19,6 +19,7 @@ class Adams2(StepSolver):
 
     order = 2
     evaluations = 1
+    point_exact = True
     needs = ("gaussian", "ode")
 
     def step(self, process, x, t, s, noise, memory):
