@@ -89,6 +89,29 @@ class Exact:
         return self.problem.at(x / a, s / a)
 
 
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A problem whose D is off by `size` in the units of EDM's network output.
+
+    The error is a smooth random function of the scaled state and the level: a sum of 256 waves.
+    """
+
+    problem: Mixture
+    size: float = 0.1
+    std: float = 0.5
+
+    def at(self, y, rho):
+        d, generator = y.shape[1], torch.Generator().manual_seed(5)
+        draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+        across, along, phase = draw(d, 256) * 3 / math.sqrt(d), draw(256), 2 * math.pi * draw(256)
+        scale = 1 / (rho**2 + self.std**2) ** 0.5
+        level = torch.as_tensor(rho, dtype=torch.float64).log()
+        error = (
+            torch.sin(scale * y @ across + level * along + phase) @ draw(256, d) / math.sqrt(128)
+        )
+        return self.problem.at(y, rho) + self.size * rho * self.std * scale * error
+
+
 def spectrum():
     """64 independent normals of variance k^-1.5, 0.25 on average: roughly as images have it."""
     power = torch.arange(1, 65, dtype=torch.float64) ** -1.5

@@ -8,7 +8,7 @@ from itertools import product
 
 import nfe_peers as peers
 import torch
-from nfe_problems import PROBLEMS, Exact
+from nfe_problems import PROBLEMS, Exact, Learned
 
 import sdeflow
 from sdeflow import get
@@ -112,6 +112,21 @@ def flow_errors(cases, candidates, grids, budgets):
             if (done := within(budget, solver, sde, grid, options, run)) is not None:
                 y, end = done.x / sde.alpha(done.ts[-1]), case.levels(done.ts[-1:])[0]
                 found[sde_name, p, name, g, budget] = case.error(y, end)
+    return found
+
+
+def learned_errors(cases, candidates, budgets, sizes):
+    """{(range, problem, solver, size, budget): (RMS, median)} to the flow of the exact score."""
+    found = {}
+    for ((s, p), case), (name, g), size, budget in product(
+        cases.items(), candidates, sizes, budgets
+    ):
+        learned = Exact(case.sde, Learned(case.problem, size))
+        ts = get("grid", GRIDS[g][0])(case.sde, budget, **GRIDS[g][1])
+        process = sdeflow.probability_flow(case.sde, learned)
+        x = sdeflow.integrate(process, case.x, ts, name).x
+        error = case.error(x / case.sde.alpha(ts[-1]), case.levels(ts[-1:])[0])
+        found[s, p, f"{name}, {g}", size, budget] = error
     return found
 
 

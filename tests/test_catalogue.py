@@ -109,9 +109,9 @@ def tried(sde, solver, grid, prediction, steps=6):
 
 @pytest.mark.parametrize("name", STEPPERS)
 def test_a_solver_runs_on_every_gaussian_sde_with_every_grid_and_prediction(name):
-    """Each with all grids and predictions, the SDEs going round, in 6 steps, finite and at
-    most ten times the level of noise it began with; then with all SDEs in 30 steps: the variance is 1/4,
-    or near it."""
+    """Each with all grids and predictions, the SDEs going round, in 6 steps: finite, and at most
+    ten times the level of noise it began with. Then with all SDEs, in 30 steps: the variance is
+    1/4, or near it."""
     solver = get("solver", name)
     core = name in {"euler_maruyama", "milstein", "euler_heun", "heun", "srk", "platen"}
     refused = []

@@ -77,6 +77,17 @@ def test_arctan_is_uniform_in_the_angle(std):
         torch.testing.assert_close(angle.diff(), angle.diff().mean().expand(12))
 
 
+@pytest.mark.parametrize("power", [0.3, 1.0])
+def test_angle_is_uniform_in_the_angle_of_a_power(power):
+    """At power 1 it is arctan; towards 0 it is log_snr."""
+    for sde in (VP(), VE(), EDM()):
+        ts = get("grid", "angle", std=0.7, power=power)(sde, 12)
+        angle = torch.atan((rho(sde, ts) / 0.7) ** power)
+        torch.testing.assert_close(angle.diff(), angle.diff().mean().expand(12))
+    nearly = get("grid", "angle", power=1e-4)(VP(), 12)
+    torch.testing.assert_close(nearly, log_snr(VP(), 12), rtol=1e-3, atol=0)
+
+
 @given(st.lists(st.floats(0.1, 1), min_size=6, max_size=6), st.floats(0.2, 2))
 @settings(max_examples=30)
 def test_ddim_on_gaussian_data_is_the_product_of_cosines_which_arctan_makes_largest(gaps, std):
@@ -232,6 +243,7 @@ def test_a_fitted_grid_tells_what_it_cannot_do():
     [
         ("polyexponential", {"rho": 0.0}, "rho=0.0 must be > 0"),
         ("arctan", {"std": -1.0}, "std=-1.0 must be > 0"),
+        ("angle", {"power": 0.0}, "std=0.5 and power=0.0 must be > 0"),
         ("beta", {"a": 0.0}, "a=0.0 and b=0.6 must be > 0"),
         ("shift", {"factor": 0.0}, "factor=0.0 must be > 0"),
         ("dynamic_shift", {"tokens": 0}, "tokens=0 must be at least 1"),
