@@ -135,7 +135,9 @@ class _RecordingDenoiser:
 
 
 def _terms(x: Symbol) -> Terms:
-    kept = tuple(sorted((i, c) for i, c in x.terms.items() if c != 0.0))
+    size = max((abs(c) for c in x.terms.values()), default=0.0)
+    least = 4e-16 * size if size < math.inf else 0.0  # below it is what sums of numbers leave over
+    kept = tuple(sorted((i, c) for i, c in x.terms.items() if not abs(c) <= least))
     return kept or ((0, 0.0),)
 
 
