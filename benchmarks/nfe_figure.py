@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 
 import matplotlib.pyplot as plt
+from nfe_tables import mean
 from PIL import Image
 
 INK, GREY, PALE = "0.15", "0.45", "0.82"
@@ -26,17 +27,12 @@ LAW = {
     "sa_solver": "#8e44ad",
     "dpmpp_3m": "#4aa8d8",
     "dpmpp_2m": "#0072b2",
+    "unipc_2": "#009e73",
     "seeds_2": "#d6569b",
-    "dpmpp_2s": "#009e73",
     "edm_churn": "#b8860b",
     "ddim": INK,
 }
 TICKS = [5, 6, 8, 10, 15, 20, 30, 50, 100]
-
-
-def mean(values):
-    """The geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def curves(found):
@@ -54,7 +50,7 @@ def curves(found):
     for name in {name for name, _ in rows}:
         most = max(len(row) for (other, _), row in rows.items() if other == name)
         of = [(g, row) for (other, g), row in rows.items() if other == name and len(row) == most]
-        grid, row = min(of, key=lambda one: mean(list(one[1].values())))
+        grid, row = min(of, key=lambda one: mean(one[1].values()))
         chosen[name] = grid, sorted(row.items())
     return chosen
 
@@ -114,7 +110,7 @@ def draw(found, out):
     for (s, p, _, _, budget), (rms, _) in found["defaults"].items():
         if math.isfinite(rms):
             least[budget][s, p] = min(rms, least[budget].get((s, p), math.inf))
-    peers = sorted((budget, mean(list(each.values()))) for budget, each in least.items())
+    peers = sorted((budget, mean(each.values())) for budget, each in least.items())
     panel(
         axes[0],
         found["flow"],

@@ -90,6 +90,19 @@ class Exact:
 
 
 @dataclass(frozen=True, eq=False)
+class Guided(Mixture):
+    """Classifier-free guidance of a weight towards the first components: D + w (D_first - D)."""
+
+    weight: float = 7.5
+    first: int = 1
+
+    def _centre(self, y, rho):
+        part = Mixture(self.means[: self.first], self.variance, self.weights[: self.first])
+        everywhere, there = super()._centre(y, rho), part._centre(y, rho)
+        return everywhere + self.weight * (there - everywhere)
+
+
+@dataclass(frozen=True, eq=False)
 class Learned:
     """A problem whose D is off by `size` in the units of EDM's network output.
 

@@ -8,7 +8,7 @@ from itertools import product
 
 import nfe_peers as peers
 import torch
-from nfe_problems import PROBLEMS, Exact, Learned
+from nfe_problems import PROBLEMS, Exact, Guided, Learned
 
 import sdeflow
 from sdeflow import get
@@ -26,7 +26,6 @@ GRIDS = {
     "angle": ("angle", {}),
     "angle, to 0": ("angle", ZERO),
     "arctan": ("arctan", {}),
-    "arctan, to 0": ("arctan", ZERO),
     "uniform": ("uniform", {}),
     "quadratic": ("quadratic", {}),
     "beta": ("beta", {}),
@@ -80,7 +79,7 @@ def solvers():
         seen.add(repr(solver))
         if solver.order is not None and not solver.stochastic:
             ode[name] = solver
-        if solver.weak_order is not None and not name.startswith("predictor"):
+        if solver.weak_order is not None:
             sde[name] = solver, 1.0
         elif solver.stochastic:
             sde[name] = solver, 0.0
@@ -117,16 +116,52 @@ def flow_errors(cases, candidates, grids, budgets):
 
 def learned_errors(cases, candidates, budgets, sizes):
     """{(range, problem, solver, size, budget): (RMS, median)} to the flow of the exact score."""
-    found = {}
-    for ((s, p), case), (name, g), size, budget in product(
-        cases.items(), candidates, sizes, budgets
+
+    def denoiser(case, size):
+        return Exact(case.sde, Learned(case.problem, size))
+
+    return _choice_errors({size: cases for size in sizes}, candidates, budgets, denoiser)
+
+
+def guided_errors(candidates, budgets, weights, points):
+    """{(range, problem, solver, weight, budget): (RMS, median)} to the guided flow."""
+    cases = {weight: {} for weight in weights}
+    for weight, (s, sde), (p, first) in product(
+        weights, SDES.items(), (("five", 1), ("digits", 5))
     ):
-        learned = Exact(case.sde, Learned(case.problem, size))
-        ts = get("grid", GRIDS[g][0])(case.sde, budget, **GRIDS[g][1])
-        process = sdeflow.probability_flow(case.sde, learned)
-        x = sdeflow.integrate(process, case.x, ts, name).x
-        error = case.error(x / case.sde.alpha(ts[-1]), case.levels(ts[-1:])[0])
-        found[s, p, f"{name}, {g}", size, budget] = error
+        mixture = PROBLEMS[p]()
+        problem = Guided(mixture.means, mixture.variance, mixture.weights, weight, first)
+        cases[weight][s, p] = Case(sde, problem, points)
+    return _choice_errors(cases, candidates, budgets, lambda case, _: Exact(case.sde, case.problem))
+
+
+def _choice_errors(cases, candidates, budgets, denoiser):
+    found = {}
+    for what, of in cases.items():
+        for ((s, p), case), (name, g), budget in product(of.items(), candidates, budgets):
+            ts = get("grid", GRIDS[g][0])(case.sde, budget, **GRIDS[g][1])
+            process = sdeflow.probability_flow(case.sde, denoiser(case, what))
+            x = sdeflow.integrate(process, case.x, ts, name).x
+            error = case.error(x / case.sde.alpha(ts[-1]), case.levels(ts[-1:])[0])
+            found[s, p, f"{name}, {g}", what, budget] = error
+    return found
+
+
+def amplified(candidates, budgets, samples=4096):
+    """{(range, "", solver, 1, budget): (RMS, RMS)} of the output for D fresh unit normals."""
+
+    class Fresh:
+        def __init__(self):
+            self.generator = torch.Generator().manual_seed(0)
+
+        def denoise(self, x, t):
+            return torch.randn(x.shape, dtype=x.dtype, generator=self.generator)
+
+    found, x = {}, torch.zeros(samples, 1, dtype=torch.float64)
+    for (s, sde), (name, g), budget in product(SDES.items(), candidates, budgets):
+        ts = get("grid", GRIDS[g][0])(sde, budget, **GRIDS[g][1])
+        made = sdeflow.integrate(sdeflow.probability_flow(sde, Fresh()), x, ts, name).x
+        found[s, "", f"{name}, {g}", 1, budget] = (float(made.square().mean().sqrt()),) * 2
     return found
 
 
@@ -203,7 +238,10 @@ def law_errors(problem, candidates, grids, budgets):
         first, last = (
             sde.alpha(t) ** 2 * problem.variance + sde.sigma(t) ** 2 for t in done.ts[[0, -1]]
         )
-        mean, variance = output_law(process, done.ts, solver, zero, first)
+        try:
+            mean, variance = output_law(process, done.ts, solver, zero, first)
+        except sdeflow.SdeflowError:  # a Langevin step, which is not affine
+            continue
         off = variance.clamp_min(0).sqrt() - last.sqrt()
         w2 = float((mean**2 + off**2).mean().sqrt())
         if math.isfinite(w2):
@@ -211,15 +249,13 @@ def law_errors(problem, candidates, grids, budgets):
     return found
 
 
-def sliced(x, truth, directions):
-    """Sliced W2 between samples x (n, d) and many more of the truth, (m n, d)."""
-    made, true = ((v @ directions).sort(0).values for v in (x, truth))
-    quantiles = true.view(len(x), -1, directions.shape[1]).mean(1)
-    return float((made - quantiles).square().mean().sqrt())
+def sliced(x, quantiles, directions):
+    """Sliced W2 from samples x (n, d) to quantiles of the truth along the directions, (n, k)."""
+    return float(((x @ directions).sort(0).values - quantiles).square().mean().sqrt())
 
 
 def sliced_errors(candidates, grids, budgets, samples):
-    """The same keys: sliced W2 on the mixtures at t_min, the noise of t_min added to the truth."""
+    """The same keys: sliced W2 to the mixtures; the noise left at t_min is small beside it."""
     found, floors = {}, {}
     for (s, sde), p in product(SDES.items(), ("five", "digits")):
         generator, problem = torch.Generator().manual_seed(1), PROBLEMS[p]()
@@ -227,7 +263,8 @@ def sliced_errors(candidates, grids, budgets, samples):
         directions = torch.randn(truth.shape[1], 64, dtype=torch.float64, generator=generator)
         directions /= directions.norm(dim=0)
         start = sde.prior(torch.randn(truth[:samples].shape, generator=generator).double())
-        draws = [sliced(problem.draw(samples, generator), truth, directions) for _ in range(5)]
+        along = (truth @ directions).sort(0).values.view(samples, 16, -1).mean(1)
+        draws = [sliced(problem.draw(samples, generator), along, directions) for _ in range(5)]
         floors[s, p] = statistics.mean(draws)
         for (g, (grid, options)), (name, (solver, eta)), budget in product(
             grids.items(), candidates.items(), budgets
@@ -243,6 +280,6 @@ def sliced_errors(candidates, grids, budgets, samples):
                 return sdeflow.integrate(process, x, ts, solver, noise=noise)
 
             if (done := within(budget, solver, sde, grid, options, run)) is not None:
-                w2 = sliced(done.x, truth, directions)
+                w2 = sliced(done.x, along, directions)
                 found[s, p, name, g, budget] = w2, w2
     return found, floors
