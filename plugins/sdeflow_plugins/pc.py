@@ -82,7 +82,9 @@ class PredictorCorrector(StepSolver):
             z = noise(t, s)
             size: Any = (scale * self.snr * s_s) ** 2
             if self.norm == "sample":
-                ratio = torch.minimum(_norm(z) / _norm(score), 2 * s_s.to(x))
+                ratio = torch.minimum(
+                    _norm(z) / _norm(score).clamp_min(torch.finfo(x.dtype).tiny), 2 * s_s.to(x)
+                )
                 size = (scale * self.snr * ratio) ** 2
             x = x + 2 * size * score + 2 * size**0.5 * z
         return x, memory
