@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError, positive_int
+from .errors import positive_int
 from .noise import Seed
 from .plugins import get
-from .reverse import ReverseSDE
+from .reverse import ReverseSDE, check_eta
 from .sample import Solution, sample
 from .sde import GaussianSDE
 
@@ -34,8 +34,7 @@ class Preset:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ArgumentError(f"eta={self.eta!r} must be in [0, 1]: 0 is the ODE, 1 the full SDE")
+        check_eta(self.eta)
         positive_int("steps", self.steps)
         positive_int("evaluations", self.evaluations)
 

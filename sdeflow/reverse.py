@@ -49,8 +49,7 @@ class ReverseSDE(SDE):
                 f"score={self.score!r} only denoises, and {type(self.forward).__name__} has no "
                 "Gaussian kernel to read a score from; give score(x, t)"
             )
-        if isinstance(self.eta, bool) or not isinstance(self.eta, Real) or not 0 <= self.eta <= 1:
-            raise ArgumentError(f"eta={self.eta!r} must be in [0, 1]: 0 is the ODE, 1 the full SDE")
+        check_eta(self.eta)
         trained = getattr(self.score, "sde", self.forward)
         if isinstance(trained, GaussianSDE) and trained != self.forward:
             raise PairingError(
@@ -142,6 +141,12 @@ class ReverseSDE(SDE):
     def divergence(self, x: Tensor, t: Tensor) -> Tensor:
         """eta^2 div(G G^T)."""
         return self.eta**2 * self.forward.divergence(x, t)
+
+
+def check_eta(eta: float) -> None:
+    """Refuse an eta that is no number in [0, 1]."""
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= 1:
+        raise ArgumentError(f"eta={eta!r} must be in [0, 1]: 0 is the ODE, 1 the full SDE")
 
 
 def reverse(sde: SDE, score: Score | Any, eta: float = 1.0) -> ReverseSDE:

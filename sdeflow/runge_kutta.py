@@ -10,7 +10,7 @@ from torch import Tensor
 from .derivatives import one_each
 from .noise import Noise, area
 from .sde import SDE, match
-from .solver import Memory, StepSolver, commutes
+from .solver import Memory, StepSolver
 from .solvers import per_state, require_commuting
 
 
@@ -92,10 +92,6 @@ class Platen(StepSolver):
     weak_order = 2
     strong_order = 1
     evaluations = 2
-
-    def strong_order_on(self, process: SDE) -> float:
-        """1 where the noise commutes, else 1/2."""
-        return 1.0 if commutes(process) else 0.5
 
     def init(self, process: SDE, x: Tensor, ts: Tensor) -> None:
         if process.noise == "elementwise":

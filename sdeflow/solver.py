@@ -146,8 +146,11 @@ class Solver(ABC):
                 )
 
     def strong_order_on(self, process: SDE) -> float | None:
-        """The strong order on the noise of this process."""
-        return self.strong_order
+        """The strong order on the noise of this process: at most 1/2 where it does not commute,
+        which is all that increments of the noise can give (Clark & Cameron, 1980)."""
+        if self.strong_order is None or commutes(process):
+            return self.strong_order
+        return min(0.5, self.strong_order)
 
     @abstractmethod
     def solve(

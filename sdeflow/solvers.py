@@ -14,7 +14,7 @@ from .derivatives import linearise, one_each, own_slopes
 from .errors import PairingError
 from .noise import Noise
 from .sde import SDE, match
-from .solver import Memory, StepSolver, commutes
+from .solver import Memory, StepSolver
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,6 @@ class EulerHeun(StepSolver):
     evaluations = 1
     calculus = "stratonovich"
 
-    def strong_order_on(self, process: SDE) -> float:
-        """1 where the noise commutes, else 1/2."""
-        return 1.0 if commutes(process) else 0.5
-
     def step(
         self, process: SDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory
     ) -> tuple[Tensor, None]:
@@ -151,10 +147,6 @@ class Heun(StepSolver):
     strong_order = 1
     evaluations = 2
     calculus = "stratonovich"
-
-    def strong_order_on(self, process: SDE) -> float:
-        """1 where the noise commutes, else 1/2."""
-        return 1.0 if commutes(process) else 0.5
 
     def step(
         self, process: SDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory

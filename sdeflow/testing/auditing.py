@@ -23,14 +23,12 @@ from ..sample import integrate
 from ..sde import GaussianSDE
 from .foreign import DOUBLE, Endless, Foreign, Run, foreign, output_law_of, run_on
 from .intercept import Fixed, UnitVectors
-from .orders import order
+from .orders import SLACK, asymptotic_order
 from .problems import GaussianData, MixtureData
 from .report import Check, Report
 
 LOG_SNR = (-7.0, 6.0)
 """The ends of the test's grids, 2 log(alpha/sigma): from nearly noise to nearly data."""
-SLACK = 0.06
-"""How far below the claimed order p a measured one may be, in units of 1 + p."""
 SAMPLES, LIMIT, BIAS = 20_000, 5.0, 0.1
 """Sampled laws: a bias above BIAS and 5 standard errors fails, once in 1.7 million by chance."""
 
@@ -161,7 +159,7 @@ def _rms_order(
     if not figures["evaluations"]:
         yield Check("error", claimed is None, f"{errors[-1]:.1e}; it chooses its own steps")
         return
-    figures["order"] = _slope(errors, counts, _floor(figures))
+    figures["order"] = asymptotic_order(dict(zip(counts, errors, strict=True)), _floor(figures))
     yield _order_check("order", claimed, figures["order"], errors, counts)
 
 
@@ -186,7 +184,9 @@ def _weak_order(
         return
     figures["affine"] = True
     figures["law error"], figures["variance error"] = errors[-1], float(excess[0])
-    figures["weak order"] = _slope(errors, counts, _floor(figures))
+    figures["weak order"] = asymptotic_order(
+        dict(zip(counts, errors, strict=True)), _floor(figures)
+    )
     judged = claimed if figures["stochastic"] else None
     yield _order_check("weak order", judged, figures["weak order"], errors, counts)
 
@@ -232,11 +232,6 @@ def _floor(figures: dict[str, Any]) -> float:
 def _tolerance(figures: dict[str, Any]) -> float:
     """What two runs of the same samples may differ by."""
     return 1e-9 if figures["precision"] == "float64" else 1e-4
-
-
-def _slope(errors: list[float], counts: list[int], floor: float) -> float:
-    above = [(e, n) for e, n in zip(errors, counts, strict=True) if e > floor][-2:]
-    return order(*map(list, zip(*above, strict=True))) if len(above) == 2 else math.inf
 
 
 def _evaluations(

@@ -20,15 +20,13 @@ from ..reverse import ReverseSDE
 from ..sample import integrate, sample
 from .ground import DOUBLE, KERNELS, Subject, reference
 from .law import affine
-from .orders import order
+from .orders import SLACK, asymptotic_order
 from .problems import GaussianData
 from .report import Check
 
 STEPS, COARSER, FINER = (160, 320), (40, 80), (640, 1280)
 """Orders are measured between these; where errors are rounding, or are not yet of the order
 declared, elsewhere."""
-SLACK = 0.06
-"""How far below the declared order p a measured one may be, in units of 1 + p."""
 LADDER = (24, 72, 216, 648, 1944)
 """Laws converge between the first two; where they do not, the others are tried."""
 NUMBERS, LIMIT = 8_000, 5.0
@@ -93,29 +91,20 @@ def _order(
     """The check of an order, and the order."""
     least = math.inf if declared is None else declared - SLACK * (1 + declared)
     errors = {n: error(n) for n in STEPS}
-    measured = _slope(errors, floor)
+    measured = asymptotic_order(errors, floor)
     if measured == math.inf:  # rounding; at fewer steps there is something to see
         errors = {n: error(n) for n in COARSER if n >= fewest} | errors
-        measured = _slope(errors, floor)
+        measured = asymptotic_order(errors, floor)
     elif not least <= measured < least + 1:
         for n in FINER:
             before, errors[n] = measured, error(n)
-            measured = _slope(errors, floor)
+            measured = asymptotic_order(errors, floor)
             if abs(measured - before) < 0.5:  # the asymptotic one
                 break
     told = f"{measured:.2f} measured, {declared} declared; errors "
     told += ", ".join(f"{e:.1e}" for e in errors.values())
     told += f" at {', '.join(map(str, errors))} steps"
     return Check(name, measured >= least, told), measured
-
-
-def _slope(errors: dict[int, float], floor: float) -> float:
-    """The order between the finest two numbers of steps whose errors are above rounding."""
-    above = [(e, n) for n, e in errors.items() if not e <= floor][-2:]
-    if len(above) < 2:
-        return math.inf
-    found = order([e for e, _ in above], [n for _, n in above])
-    return found if math.isfinite(found) else -math.inf
 
 
 def _tolerance(subject: Subject) -> Check:

@@ -19,6 +19,8 @@ from .law import output_law
 from .problems import GaussianData, MixtureData
 
 Grid = Callable[[GaussianSDE, int], Tensor]
+SLACK = 0.06
+"""How far below the declared order p a measured one may be, in units of 1 + p."""
 
 
 def weak_errors(
@@ -62,3 +64,16 @@ def order(errors: list[float], steps: list[int]) -> float:
         )
     ratio = abs(errors[-2]) / abs(errors[-1])
     return math.log(ratio) / math.log(steps[-1] / steps[-2])
+
+
+def asymptotic_order(errors: dict[int, float], floor: float) -> float:
+    """The order between the finest two numbers of steps whose errors are above rounding.
+
+    errors: by numbers of steps, the finest last. Infinite where fewer than two are above; minus
+    infinity where an error is not finite.
+    """
+    above = [(e, n) for n, e in errors.items() if not e <= floor][-2:]
+    if len(above) < 2:
+        return math.inf
+    found = order([e for e, _ in above], [n for _, n in above])
+    return found if math.isfinite(found) else -math.inf
