@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from sdeflow_plugins.train.compare import Sampler, compare, table, tightened
-from sdeflow_plugins.train.evaluate import (
-    assess,
-    frechet_distance,
-    gaussian_like,
-    sliced_wasserstein,
-    train_judge,
-)
+from sdeflow_plugins.evaluate.compare import compare, table, tightened
+from sdeflow_plugins.evaluate.distances import frechet_distance, gaussian_like, sliced_wasserstein
+from sdeflow_plugins.evaluate.judge import train_judge
+from sdeflow_plugins.evaluate.quality import assess
+from sdeflow_plugins.generate.sampler import Sampler
 
 from sdeflow import VP, Denoiser, ShapeError, get
 

@@ -6,19 +6,15 @@ import math
 
 import pytest
 import torch
+from sdeflow_plugins.build import build
 from sdeflow_plugins.train import checkpoint
-from sdeflow_plugins.train.build import build
-from sdeflow_plugins.train.loop import (
-    Batches,
-    State,
-    learning_rate,
-    make_fabric,
-    moving_average,
-    training,
-)
+from sdeflow_plugins.train.engine import make_fabric
+from sdeflow_plugins.train.loop import learning_rate, training
+from sdeflow_plugins.train.order import Batches
 from sdeflow_plugins.train.recipe import Recipe
 from sdeflow_plugins.train.run import Run
 from sdeflow_plugins.train.session import train_run
+from sdeflow_plugins.train.state import State, moving_average
 
 from sdeflow import VP, ArgumentError, NonFiniteError
 

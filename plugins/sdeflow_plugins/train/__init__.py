@@ -1,4 +1,4 @@
-"""Training and the image pipeline: the commands train, sample, compare and demo.
+"""Training by denoising score matching: the command train.
 
 The heavy libraries are imported when a command runs.
 """
@@ -12,7 +12,6 @@ from sdeflow.plugins import Factory, hookimpl
 
 @hookimpl
 def sdeflow_commands() -> Mapping[str, Factory]:
-    from .commands import compare, sample, train
-    from .demo import demo
+    from .command import train
 
-    return {"train": train, "sample": sample, "compare": compare, "demo": demo}
+    return {"train": train}

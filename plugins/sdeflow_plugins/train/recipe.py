@@ -18,7 +18,7 @@ from sdeflow.errors import ArgumentError, one_of, positive_int
 from sdeflow.loss import TIMES, WEIGHTINGS
 from sdeflow.sde import GaussianSDE
 
-from .build import build
+from ..build import build
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from torch.utils.data import Dataset
 
 from sdeflow.denoiser import Denoiser
 from sdeflow.errors import ArgumentError
+from sdeflow.plugins import plugins
 
 from . import checkpoint
-from .loop import Record, State, under
+from .loop import Record
 from .recipe import Recipe
+from .state import State, under
 
 COLUMNS = [f.name for f in fields(Record)]
 
@@ -90,6 +92,12 @@ class Run:
         """The run's data set."""
         return self.recipe.make_dataset(split)
 
+    @property
+    def ink(self) -> bool:
+        """Whether the run's images are drawn dark on light."""
+        factory = plugins().find("dataset", self.recipe.data).factory
+        return bool(getattr(factory, "ink", False))
+
     # ---- metrics
 
     @property
@@ -113,3 +121,10 @@ class Run:
             if new:
                 writer.writerow(COLUMNS)
             writer.writerows(astuple(record) for record in records)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of that name; auto is CUDA where there is one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device='cuda': torch sees no CUDA device here; use auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -8,11 +8,13 @@ import torch
 
 from sdeflow.denoiser import Denoiser
 
-from .compare import Sampler
-from .loop import Record, State, make_fabric, training
-from .pictures import is_image, loss_curve, save_samples
+from ..generate.sampler import Sampler
+from ..pictures import is_image, loss_curve, save_samples
+from .engine import make_fabric
+from .loop import Record, training
 from .recipe import Recipe
 from .run import Run
+from .state import State
 
 PREVIEWS = 64
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sdeflow.errors import ArgumentError, ShapeError
 
-from .loop import Record
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
+
+    from .train.loop import Record
 
 GREY = "#6b7280"
 COLORS = ("#d1495b", "#edae49", "#00798c", "#66a182", "#2e4057", "#8d5a97")

@@ -12,13 +12,14 @@ from sdeflow.denoiser import Denoiser
 from sdeflow.errors import ArgumentError
 from sdeflow.sample import sample
 
-from ..data.digits import Digits
-from .commands import compare_run, distance_to_data
-from .compare import SAMPLERS
-from .evaluate import assess, train_judge
+from .data.digits import Digits
+from .evaluate.command import compare_run, distance_to_data
+from .evaluate.judge import train_judge
+from .evaluate.quality import assess
+from .generate.sampler import SAMPLERS
 from .pictures import film, save_samples
-from .recipe import Recipe
-from .session import train_run
+from .train.recipe import Recipe
+from .train.session import train_run
 
 RECIPE = Recipe(
     network_options={"channels": [32, 64], "attention": [1], "dropout": 0.1}, steps=2000

@@ -1,0 +1,17 @@
+"""Images and other states from a trained run: the command sample.
+
+The heavy libraries are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sdeflow.plugins import Factory, hookimpl
+
+
+@hookimpl
+def sdeflow_commands() -> Mapping[str, Factory]:
+    from .command import sample
+
+    return {"sample": sample}
