@@ -152,10 +152,9 @@ class NoiseForData(DPMpp1S):
 
 class HalvedExtrapolation(DPMpp2M):
     def step(self, process, x, t, s, noise, memory):
-        if memory is not None:
-            data, h = memory
-            memory = (data, 2 * h)
-        return super().step(process, x, t, s, noise, memory)
+        past, left = memory
+        past = None if past is None else (past[0], 2 * past[1])
+        return super().step(process, x, t, s, noise, (past, left))
 
 
 class FirstOrder(DPMpp2M):

@@ -10,6 +10,7 @@ import math
 import mpmath
 import pytest
 import torch
+from predictions import OneHot, assert_same, line, run, weights
 from sdeflow_plugins.ddim import DDIM
 from sdeflow_plugins.dpm_solver import DPMSolver
 from sdeflow_plugins.dpmpp import DPMpp2M, DPMpp3M
@@ -29,52 +30,12 @@ from sdeflow import (
     probability_flow,
 )
 from sdeflow.errors import ArgumentError, GridError, PairingError
-from sdeflow.grid import log_snr, uniform
+from sdeflow.grid import log_snr
 from sdeflow.testing import GaussianData, MixtureData, order, output_law, strong_errors, weak_errors
 
 DOUBLE = torch.float64
 SDES = (VP(), SubVP(), VE(), Cosine(), EDM(), RectifiedFlow())
 names = functools.partial(pytest.mark.parametrize, ids=lambda value: type(value).__name__)
-
-
-def line(*times):
-    return torch.tensor(times, dtype=DOUBLE)
-
-
-class OneHot:
-    """A denoiser whose k-th prediction ("data", "noise" or "v") is one in row k."""
-
-    def __init__(self, sde, prediction):
-        self.sde, self.prediction, self.calls = sde, prediction, 0
-
-    def denoise(self, x, t):
-        one = torch.zeros_like(x)
-        one[self.calls] = 1
-        self.calls += 1
-        a, s = self.sde.kernel(x, t)
-        if self.prediction == "data":
-            return one
-        if self.prediction == "noise":
-            return (x - s * one) / a
-        return (a * x - s * torch.hypot(a, s) * one) / (a * a + s * s)
-
-    def __call__(self, x, t):
-        a, s = self.sde.kernel(x, t)
-        return (a * self.denoise(x, t) - x) / s**2
-
-
-def weights(solver, sde, ts, eta=0.0):
-    """What each value, oldest first, weighs in the last step of the loop along ts."""
-    process = ReverseSDE(sde, OneHot(sde, getattr(solver, "prediction", "data")), eta)
-    x = torch.zeros(len(ts) - 1, 1, dtype=DOUBLE)
-    states = [x, *(y for _, y in solver.solve(process, x, ts, lambda t, s: torch.zeros_like(x)))]
-    (a_t, s_t), (a_s, s_s) = ((sde.alpha(u), sde.sigma(u)) for u in ts[-2:])
-    kept = {
-        "data": s_s / s_t * (a_t / a_s * s_s / s_t) ** (eta**2),
-        "noise": a_s / a_t,
-        "v": torch.hypot(a_s, s_s) / torch.hypot(a_t, s_t),
-    }[process.score.prediction]
-    return (states[-1] - kept * states[-2])[:, 0].tolist()
 
 
 def exact_vp(t):
@@ -183,18 +144,6 @@ def test_a_polynomial_is_integrated_to_sigma_zero_in_rho_time_and_angle():
 
 
 # ---- named members
-
-
-def run(solver, sde=None, eta=0.0, n=12, ts=None, score=None):
-    sde = sde or VP()
-    ts = log_snr(sde, n, t_max=0.9 * sde.T) if ts is None else ts
-    process = ReverseSDE(sde, score or MixtureData.five(sde), eta)
-    x = sde.prior(torch.linspace(-2, 2, 8, dtype=DOUBLE).reshape(4, 2), ts[0])
-    return integrate(process, x, ts, solver, seed=3).x
-
-
-def assert_same(a, b, rtol=1e-11):
-    torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()))
 
 
 @names("sde", SDES)
@@ -315,80 +264,6 @@ def test_names_that_mean_one_and_the_same():
     assert get("solver", "unipc_v_3") == Multistep("v", "angle", 3, corrector=4, line="middle")
     assert get("solver", "sa_solver") == get("solver", "unipc_3", line="exact")
     assert_same(run(get("solver", "eab_data_3", last="full")), run(DPMpp3M()))
-
-
-# ---- start and end
-
-
-START = functools.partial(log_snr, t_max=0.3, t_min=0.02)
-"""From where the marginal is far from the noise, so that the first step shows."""
-
-
-@pytest.mark.parametrize(
-    ("settings", "grown", "single"),
-    [
-        (("data", "log_snr", 3, 0), 2, 3),
-        (("data", "log_snr", 4, 0), 2, 4),
-        (("noise", "time", 3, 0), 2, 3),
-        (("v", "angle", 3, 0), 2, 3),
-        (("data", "log_snr", 3, 4), 3, 4),
-    ],
-)
-def test_single_steps_at_the_start_keep_the_order_that_growing_loses(settings, grown, single):
-    steps = [80, 160]
-    for start, expected in (("grow", grown), ("single", single)):
-        solver = Multistep(*settings, start=start, last="full")
-        measured = order(strong_errors(solver, VP(), steps, START), steps)
-        assert measured == pytest.approx(expected, abs=0.12)
-    assert solver.order == single
-
-
-def test_single_steps_cost_two_evaluations_each_at_the_start():
-    process = probability_flow(VP(), MixtureData.five(VP()))
-    x, ts = torch.ones(2, 2, dtype=DOUBLE), START(VP(), 10)
-    for points in (1, 2, 3, 4):
-        made = integrate(process, x, ts, Multistep(points=points, start="single"))
-        assert made.nfe == 10 + 2 * (points - 1)
-
-
-def test_lower_drops_to_two_and_one_at_the_end_and_corrects_accordingly():
-    ts = line(0.8, 0.6, 0.45, 0.33, 0.24)
-    lower = Multistep("data", points=3, last="lower")
-    full = Multistep("data", points=3, last="full")
-    assert sum(w != 0 for w in weights(full, VP(), ts)) == 3
-    assert sum(w != 0 for w in weights(lower, VP(), ts)) == 1
-    assert lower.order == 2 and full.order == 3
-    states = {}
-    for points, last in ((3, "lower"), (2, "full")):
-        states[last] = run(Multistep("data", points=points, corrector=points + 1, last=last), n=2)
-    assert_same(states["lower"], run(Multistep("data", points=1, corrector=2), n=2))
-    assert (states["lower"] - states["full"]).abs().max() > 1e-3
-
-
-def test_auto_drops_to_one_where_a_step_is_far_longer_than_the_last():
-    long, short = line(0.5, 0.45, 0.05), line(0.5, 0.45, 0.41)
-    for ts, left in ((long, 1), (short, 2)):
-        assert sum(w != 0 for w in weights(Multistep("data"), VP(), ts)) == left
-    assert sum(w != 0 for w in weights(Multistep("data", reach=1e3), VP(), long)) == 2
-    assert sum(w != 0 for w in weights(Multistep("data", last="full"), VP(), long)) == 2
-
-
-@pytest.mark.parametrize("last", ["full", "lower", "auto"])
-@pytest.mark.parametrize("start", ["grow", "single"])
-@pytest.mark.parametrize("variable", VARIABLES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_setting_runs_from_alpha_zero_to_sigma_zero(prediction, variable, start, last):
-    """On a rectified flow, one-point data come out as they are, or nearly."""
-    sde = RectifiedFlow()
-    data = GaussianData(sde, line(0.7), line(1e-4))
-    for n in (1, 2, 3, 12):
-        for corrector in (0, 3):
-            solver = Multistep(prediction, variable, 3, corrector, start=start, last=last)
-            x = torch.linspace(-2, 2, 5, dtype=DOUBLE).unsqueeze(1)
-            made = integrate(probability_flow(sde, data), x, uniform(sde, n, t_min=0.0), solver).x
-            assert made.isfinite().all()
-            if n == 12 and solver.point_exact:
-                assert (made - 0.7).abs().max() < 0.1
 
 
 # ---- noise

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sdeflow_plugins.dpm_solver import DPMSolver
 from sdeflow_plugins.dpmpp import DPMpp2S, DPMpp3M
-from sdeflow_plugins.multistep import Multistep
+from sdeflow_plugins.multistep import Multistep, Value
 from sdeflow_plugins.pndm import PNDM
 
 from sdeflow import Denoiser, GaussianSDE, ReverseSDE, get, trajectory
@@ -274,8 +274,9 @@ def test_plms_is_diffusers_pndm_after_its_start():
         states.append(x)
     process = ReverseSDE(sde, Denoiser(net, sde, "noise"), 0.0)
     for k in range(5, len(scheduler.timesteps)):
-        past = tuple(net(states[j], times[j]) for j in (k - 1, k - 2, k - 3))
-        made, _ = PNDM(4).step(process, states[k], times[k], times[k + 1], None, past)
+        past = tuple(Value(levels[j], net(states[j], times[j])) for j in (k - 1, k - 2, k - 3))
+        memory = past, len(levels) - k - 1
+        made, _ = PNDM(4).step(process, states[k], times[k], times[k + 1], None, memory)
         assert_same(made[None], states[k + 1][None])
 
 

@@ -11,6 +11,7 @@ Source: Lu et al. (2022b), DPM-Solver++, eq. 8, 9, 18 and algorithms 1, 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from sdeflow.plugins import hookimpl
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import GaussianSDE, match
 from sdeflow.solver import Memory, StepSolver
+
+from .ends import check_ends, needs_of, order_of, values_in_use
 
 
 def half_log_snr_step(process: ReverseSDE, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -145,27 +148,44 @@ class DPMpp2M(StepSolver):
     """DPM-Solver++ 2M: second order, multistep, D extrapolated from the last two.
 
     To the middle of the step: D = D_t + (D_t - D_before) h/(2 h_before). The first step, and a
-    step to sigma = 0, is of first order.
+    step to sigma = 0, is of first order. start, last, reach: see `ends`.
     """
+
+    start: str = "grow"
+    last: str = "full"
+    reach: float = 2.0
 
     order = 2
     weak_order = 2
     evaluations = 1
     point_exact = True
-    needs = ("gaussian",)
+
+    def __post_init__(self) -> None:
+        check_ends(self.start, self.last, self.reach)
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return needs_of(self.start, ("gaussian",))
+
+    def init(self, process: ReverseSDE, x: Tensor, ts: Tensor) -> Memory:
+        return None, len(ts) - 1
 
     def step(
         self, process: ReverseSDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory
     ) -> tuple[Tensor, Memory]:
-        data = process.denoise(x, t)
+        past, left = memory or (None, math.inf)
+        data = extrapolated = process.denoise(x, t)
         h = half_log_snr_step(process, x, t, s)
-        extrapolated = data
-        if memory is not None:
-            before, h_before = memory
-            ratio = torch.where(h.isfinite(), h / (2 * h_before), 0.0)
-            extrapolated = data + ratio * (data - before)
+        if past is None and self.start == "single":
+            return third_order(process, x, data, t, s), ((data, h), left - 1)
+        if past is not None:
+            before, h_before = past
+            if values_in_use(2, left, self.last, self.reach, h, h_before) == 2:
+                ratio = torch.where(h.isfinite(), h / (2 * h_before), 0.0)
+                extrapolated = data + ratio * (data - before)
         mean, std = exponential_euler(process, x, extrapolated, t, s)
-        return (mean if process.deterministic else mean + std * noise(t, s)), (data, h)
+        moved = mean if process.deterministic else mean + std * noise(t, s)
+        return moved, ((data, h), left - 1)
 
 
 @dataclass(frozen=True)
@@ -175,34 +195,54 @@ class DPMpp3M(StepSolver):
     published: use the coefficients of the authors' code, whose second difference is half of
         h^2 D'', and which are of second order; its second step is that of 2M. Otherwise the
         parabola is integrated exactly.
-    The first two steps are of orders 1 and 2, a step to sigma = 0 of order 1.
+    start, last, reach: see `ends`. The first two steps are of orders 1 and 2, unless they are
+    single ones; a step to sigma = 0 is of order 1.
     """
 
     published: bool = False
+    start: str = "grow"
+    last: str = "full"
+    reach: float = 2.0
 
     weak_order = 2
     evaluations = 1
     point_exact = True
-    needs = ("gaussian",)
+
+    def __post_init__(self) -> None:
+        check_ends(self.start, self.last, self.reach)
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """3; 2 with the published coefficients."""
-        return 2 if self.published else 3
+        """3; 2 with the published coefficients, or with last="lower"."""
+        return order_of(2 if self.published else 3, self.start, self.last)
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return needs_of(self.start, ("gaussian",))
+
+    def init(self, process: ReverseSDE, x: Tensor, ts: Tensor) -> Memory:
+        return (), len(ts) - 1
 
     def step(
         self, process: ReverseSDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory
     ) -> tuple[Tensor, Memory]:
+        remembered, left = memory or ((), math.inf)
+        past: tuple[Any, ...] = remembered
         data, h = process.denoise(x, t), half_log_snr_step(process, x, t, s)
+        finite = bool(h.isfinite().all())
+        kept = ((data, h), *past)[:2] if finite else ()
+        if self.start == "single" and len(past) < 2:
+            return third_order(process, x, data, t, s), (kept, left - 1)
         mean, std = exponential_euler(process, x, data, t, s)
         moved = mean if process.deterministic else mean + std * noise(t, s)
-        past = memory or ()
-        if past and bool(h.isfinite().all()):
+        behind = past[0][1] if past else None
+        points = values_in_use(1 + len(past), left, self.last, self.reach, h, behind)
+        if points > 1 and finite:
             rate = 1 + process.eta**2
             first, h_0 = data - past[0][0], past[0][1]
             slope = (1 / h_0) * first
             curvature = 0.0 * slope
-            if len(past) > 1:
+            if points > 2:
                 before, h_1 = (1 / past[1][1]) * (past[0][0] - past[1][0]), past[1][1]
                 curvature = (2 / (h_0 + h_1)) * (slope - before)  # D''
                 slope = slope + (h_0 / 2) * curvature
@@ -212,10 +252,10 @@ class DPMpp3M(StepSolver):
             parabola = h**2 - 2 * ramp / rate
             a_s = process.gaussian.kernel(x, s)[0]
             share = 0.25 if self.published else 0.5
-            if self.published and len(past) == 1:  # as DPM-Solver++ 2M, the line at the middle
+            if self.published and points == 2:  # as DPM-Solver++ 2M, the line at the middle
                 ramp = -decayed * h / 2
             moved = moved + (a_s * ramp) * slope + (share * a_s * parabola) * curvature
-        return moved, ((data, h), *past)[:2] if bool(h.isfinite().all()) else ()
+        return moved, (kept, left - 1)
 
 
 @hookimpl

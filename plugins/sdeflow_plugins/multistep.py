@@ -36,6 +36,7 @@ from sdeflow.sde import GaussianSDE, match
 from sdeflow.solver import Memory, StepSolver
 
 from .dpmpp import exponential_euler, predicted_noise, third_order
+from .ends import check_ends, needs_of, order_of, values_in_use
 
 PREDICTIONS = ("data", "noise", "v")
 VARIABLES = ("log_snr", "rho", "time", "angle")
@@ -58,16 +59,11 @@ class Multistep(StepSolver):
     points: values that the predictor uses, its order.
     corrector: values that the corrector uses, the new one among them; 0 for none. It costs no
         evaluation: the step is repeated with the value found at its end.
-    start: "grow" takes as many values as there are, so that a run that begins far from the noise
-        is of order 2, or 3 with a corrector; "single" makes the first points - 1 steps with
-        DPM-Solver++ 3S, at two more evaluations each.
+    start, last, reach: see `ends`. With a corrector "grow" loses one order less; the corrector of a
+        step that was lowered uses one value more than its predictor.
     line: how two values are used: "exact", their line is integrated; "middle", it is taken at the
         middle of the step, as in DPM-Solver++ 2M and the published UniPC-2: the order is the same,
         large steps are damped.
-    last: "full" order in every step; "lower" drops to 2 and 1 in the last two; "auto" drops to 1
-        where a step is more than `reach` times the one before in the variable. Beyond twice, a
-        polynomial through D misses by more than a constant (benchmarks/results/nfe_error.md). The
-        corrector of a step that was lowered uses one value more than its predictor.
     band: where sigma/alpha is outside, at either end of a step, the process runs without noise.
     A step to sigma = 0, or from alpha = 0, is DDIM's where D or the variable has no end there.
     """
@@ -87,14 +83,11 @@ class Multistep(StepSolver):
     def __post_init__(self) -> None:
         one_of("prediction", self.prediction, PREDICTIONS)
         one_of("variable", self.variable, VARIABLES)
-        one_of("start", self.start, ("grow", "single"))
         one_of("line", self.line, ("exact", "middle"))
-        one_of("last", self.last, ("full", "lower", "auto"))
+        check_ends(self.start, self.last, self.reach)
         positive_int("points", self.points)
         if self.corrector != 0:
             positive_int("corrector", self.corrector)
-        if not self.reach > 0:
-            raise ArgumentError(f"reach={self.reach!r} must be > 0, such as 3")
         if not 0 <= self.band[0] < self.band[1]:
             raise ArgumentError(f"band={self.band!r} must be two levels of sigma/alpha, low < high")
 
@@ -103,8 +96,7 @@ class Multistep(StepSolver):
         """The order on the probability flow: the predictor's, or one more with a corrector; at
         most 2 with last="lower", 4 with start="single"."""
         best = min(max(self.points, self.corrector), self.points + 1)
-        best = min(best, 4) if self.start == "single" else best
-        return min(best, 2) if self.last == "lower" else best
+        return order_of(best, self.start, self.last)
 
     @property
     def weak_order(self) -> int | None:  # type: ignore[override]
@@ -118,9 +110,9 @@ class Multistep(StepSolver):
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        noisy = self.prediction == "data" and self.start == "grow"
-        single = self.variable == "time" or self.start == "single"
-        return ("gaussian", *(() if noisy else ("ode",)), *(("one alpha",) if single else ()))
+        noisy, single = self.prediction == "data", self.variable == "time"
+        own = ("gaussian", *(() if noisy else ("ode",)), *(("one alpha",) if single else ()))
+        return needs_of(self.start, own)
 
     def init(self, process: ReverseSDE, x: Tensor, ts: Tensor) -> Memory:
         return (), None, len(ts) - 1
@@ -164,12 +156,8 @@ class Multistep(StepSolver):
             return 1
         if self.prediction == "data" and not all_true(sde.sigma(s) != 0):
             return 1
-        if self.last == "lower":
-            return min(points, left)
-        if self.last == "auto" and points > 1:
-            ahead, behind = (end - past[0].place).abs(), (past[0].place - past[1].place).abs()
-            return points if all_true(ahead <= self.reach * behind) else 1
-        return points
+        behind = past[0].place - past[1].place if len(past) > 1 else None
+        return values_in_use(points, left, self.last, self.reach, end - past[0].place, behind)
 
     def _within(self, process: ReverseSDE, t: Tensor, s: Tensor) -> ReverseSDE:
         """The process, its noise switched off where the step is outside the band."""

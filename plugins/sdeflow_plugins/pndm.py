@@ -9,20 +9,22 @@ Source: Liu et al. (2022), PNDM, eq. 12 to 14; Zhang & Chen (2023), appendix H.2
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sdeflow.errors import ArgumentError, one_of
+from sdeflow.errors import ArgumentError
 from sdeflow.noise import Noise
 from sdeflow.plugins import hookimpl
 from sdeflow.reverse import ReverseSDE
 from sdeflow.solver import Memory, StepSolver
 
-from .dpmpp import exponential_euler, predicted_noise
-from .multistep import all_true
+from .dpmpp import exponential_euler, predicted_noise, third_order
+from .ends import STARTS, check_ends, needs_of, values_in_use
+from .multistep import Value, all_true
 
 # fmt: off
 ADAMS_BASHFORTH = {
@@ -39,45 +41,60 @@ class PNDM(StepSolver):
     """Pseudo linear multistep on the noise.
 
     points: values of the noise in use, 1 to 4.
-    start: "grow", with as many values as there are (iPNDM); "runge_kutta", four evaluations in
-        each of the first steps (PNDM).
+    start, last, reach: see `ends`; "grow" is iPNDM. Also "runge_kutta": four evaluations in each of
+        the first steps (PNDM).
     A step from alpha = 0 is DDIM's, and its noise is not remembered; none of the four evaluations
     is made at sigma = 0, where a step uses as many values as there are.
     """
 
     points: int = 4
     start: str = "grow"
+    last: str = "full"
+    reach: float = 2.0
 
     evaluations = 1
     point_exact = True
-    needs = ("gaussian", "ode")
 
     def __post_init__(self) -> None:
         if self.points not in ADAMS_BASHFORTH:
             raise ArgumentError(f"points={self.points!r} must be 1, 2, 3 or 4")
-        one_of("start", self.start, ("grow", "runge_kutta"))
+        check_ends(self.start, self.last, self.reach, (*STARTS, "runge_kutta"))
 
     @property
     def order(self) -> int:  # type: ignore[override]
         """2 on smoothly graded grids, whatever the number of points above one."""
         return min(2, self.points)
 
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return needs_of(self.start, ("gaussian", "ode"))
+
+    def init(self, process: ReverseSDE, x: Tensor, ts: Tensor) -> Memory:
+        return (), len(ts) - 1
+
     def step(
         self, process: ReverseSDE, x: Tensor, t: Tensor, s: Tensor, noise: Noise, memory: Memory
     ) -> tuple[Tensor, Memory]:
-        sde, past, data = process.gaussian, memory or (), process.denoise(x, t)
+        past, left = memory or ((), math.inf)
+        sde, data = process.gaussian, process.denoise(x, t)
         if not all_true(sde.alpha(t) != 0):
-            return exponential_euler(process, x, data, t, s)[0], past
+            return exponential_euler(process, x, data, t, s)[0], (past, left - 1)
         eps = predicted_noise(sde, x, data, t)
-        past = (eps, *past)[: self.points]
-        starts = self.start == "runge_kutta" and len(past) < self.points
-        if starts and all_true(sde.sigma(s) != 0):
-            return _transfer(process, x, _runge_kutta(process, x, eps, t, s), t, s), past
-        weights = ADAMS_BASHFORTH[len(past)]
-        slope = weights[0] * past[0]
-        for weight, value in zip(weights[1:], past[1:], strict=True):
-            slope = slope + weight * value
-        return _transfer(process, x, slope, t, s), past[: self.points - 1]
+        here, end = (sde.sigma(u) / sde.alpha(u) for u in (t, s))
+        past = (Value(here, eps), *past)[: self.points]
+        kept = past[: self.points - 1]
+        if self.start != "grow" and len(past) < self.points and all_true(sde.sigma(s) != 0):
+            if self.start == "single":
+                return third_order(process, x, data, t, s), (kept, left - 1)
+            slope = _runge_kutta(process, x, eps, t, s)
+            return _transfer(process, x, slope, t, s), (kept, left - 1)
+        behind = here - past[1].place if len(past) > 1 else None
+        points = values_in_use(len(past), left, self.last, self.reach, end - here, behind)
+        weights = ADAMS_BASHFORTH[points]
+        slope = weights[0] * eps
+        for weight, value in zip(weights[1:], past[1:points], strict=True):
+            slope = slope + weight * value.value
+        return _transfer(process, x, slope, t, s), (kept, left - 1)
 
 
 def _transfer(process: ReverseSDE, x: Tensor, eps: Tensor, t: Tensor, s: Tensor) -> Tensor:

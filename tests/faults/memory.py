@@ -36,21 +36,22 @@ class NoiseForData(DPMpp2M):
 @planted("orders", "order")
 class MemoryForgotten(DPMpp2M):
     def step(self, process, x, t, s, noise, memory):
-        return super().step(process, x, t, s, noise, None)
+        return super().step(process, x, t, s, noise, (None, memory[1]))
 
 
 @planted("orders", "order")
 class MemoryNeverUpdated(DPMpp2M):
     def step(self, process, x, t, s, noise, memory):
         x, new = super().step(process, x, t, s, noise, memory)
-        return x, new if memory is None else memory
+        return x, new if memory[0] is None else memory
 
 
 @planted("orders", "order")
 class HalvedExtrapolation(DPMpp2M):
     def step(self, process, x, t, s, noise, memory):
-        memory = None if memory is None else (memory[0], 2 * memory[1])
-        return super().step(process, x, t, s, noise, memory)
+        past, left = memory
+        past = None if past is None else (past[0], 2 * past[1])
+        return super().step(process, x, t, s, noise, (past, left))
 
 
 @planted("state", "shared state")
@@ -58,7 +59,7 @@ class MemoryOnTheSolver(DPMpp2M):
     """As a stateful scheduler keeps it, and clears it at the start of a run."""
 
     def init(self, process, x, ts):
-        object.__setattr__(self, "kept", None)
+        object.__setattr__(self, "kept", (None, len(ts) - 1))
 
     def step(self, process, x, t, s, noise, memory):
         x, memory = super().step(process, x, t, s, noise, self.kept)
@@ -78,12 +79,12 @@ class SignInTheThirdOrderSde(DPMpp3M):
     """- 1/2 where + 1/2 belongs in the coefficient of the second difference, on the SDE."""
 
     def step(self, process, x, t, s, noise, memory):
-        moved, past = super().step(process, x, t, s, noise, memory)
-        if process.deterministic or len(memory or ()) < 2:
-            return moved, past
-        (d0, h), (d1, h0), (d2, h1) = past[0], memory[0], memory[1]
+        moved, new = super().step(process, x, t, s, noise, memory)
+        if process.deterministic or len(memory[0]) < 2:
+            return moved, new
+        (d0, h), (d1, h0), (d2, h1) = new[0][0], *memory[0]
         second = ((d0 - d1) / h0 - (d1 - d2) / h1) / (h0 + h1)
-        return moved - process.gaussian.alpha(s) * h**2 * second, past
+        return moved - process.gaussian.alpha(s) * h**2 * second, new
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,10 @@ def planted(group, check, *args, **options):
 
 def two_m(process, x, data, t, s, noise, memory):
     """DPM-Solver++ 2M with D given."""
-    h = half_log_snr_step(process, x, t, s)
+    (past, left), h = memory, half_log_snr_step(process, x, t, s)
     extrapolated = data
-    if memory is not None:
-        extrapolated = data + torch.where(h.isfinite(), h / (2 * memory[1]), 0.0) * (
-            data - memory[0]
-        )
+    if past is not None:
+        before, h_before = past
+        extrapolated = data + torch.where(h.isfinite(), h / (2 * h_before), 0.0) * (data - before)
     mean, std = exponential_euler(process, x, extrapolated, t, s)
-    return (mean if process.deterministic else mean + std * noise(t, s)), (data, h)
+    return (mean if process.deterministic else mean + std * noise(t, s)), ((data, h), left - 1)

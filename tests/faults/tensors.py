@@ -23,10 +23,11 @@ class LogarithmOfZero(DPMpp2M):
     def step(self, process, x, t, s, noise, memory):
         data, h = process.denoise(x, t), half_log_snr_step(process, x, t, s)
         extrapolated = data
-        if memory is not None:
-            extrapolated = data + h / (2 * memory[1]) * (data - memory[0])
+        past, left = memory
+        if past is not None:
+            extrapolated = data + h / (2 * past[1]) * (data - past[0])
         mean, std = exponential_euler(process, x, extrapolated, t, s)
-        return mean + std * noise(t, s), (data, h)
+        return mean + std * noise(t, s), ((data, h), left - 1)
 
 
 @planted("points", "one-point data")
