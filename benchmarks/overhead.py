@@ -12,10 +12,10 @@ slope between 20 and 50 steps, which leaves the set-up out, as it is left out fo
 scheduler is timed for its steps alone, without `set_timesteps`.
 
 --all: every linear solver of the catalogue. Its minimum is a loop of as many fused operations a
-step as its tableau has (counted in the table), on buffers that lie ready, and of as many calls of
-the network and of `torch.randn`. The network's answers lie ready too, each of them used once, as a
-network's are. All are the best of 20 times `repeats` runs. "Trace" is the time to make the tableau
-of 20 steps, once.
+step as its tableau has (counted in the table), and of as many calls of the network and of
+`torch.randn`, whose results are its operands. The network's answers lie ready, each of them new to
+the step that it is for, as a network's are. All are the best of 20 times `repeats` runs. "Trace" is
+the time to make the tableau of 20 steps, once.
 """
 
 from __future__ import annotations
@@ -194,13 +194,12 @@ def bare(tableau, net, x):
     def run():
         y = x.clone()
         for spent, calls, draws in counts:
-            for _ in range(calls):
-                net(y, time)
-            for k in range(draws):
-                buffers[k % 2] = torch.randn(shape)
+            operands = [net(y, time) for _ in range(calls)]
+            operands += [torch.randn(shape) for _ in range(draws)]
+            operands += buffers
             y.mul_(0.5)
             for k in range(spent - 1):
-                y.add_(buffers[k % 2], alpha=0.25)
+                y.add_(operands[k % len(operands)], alpha=0.25)
         return y
 
     return run

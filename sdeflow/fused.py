@@ -49,11 +49,9 @@ def _advance(
     spare: list[Tensor] = []
     references, storage_users = sys.getrefcount, _storage_users or len
     k = 0
-    program = _program(tableau)
+    program = _program(tableau, dtype)
     recycles = reuse and any(_takes_buffers(row) for row in program)
-    for (s, operations, memory, i, c, rest), scale in zip(
-        program, _scales(tableau, dtype), strict=True
-    ):
+    for s, operations, memory, (i, scale, rest) in program:
         held = len(registers)
         lent: list[Tensor] = []
         for terms, interval, lasts in operations:
@@ -86,9 +84,9 @@ def _advance(
             and references(registers[0]) == _ONE_HOLDER
             and storage_users(registers[0].untyped_storage()._cdata) == 2
         ):
-            x = registers[0] if c == 1.0 else registers[0].mul_(scale)
+            x = registers[0] if scale is None else registers[0].mul_(scale)
         else:
-            x = torch.mul(registers[i], scale)
+            x = registers[i].clone() if scale is None else torch.mul(registers[i], scale)
         for i, c in rest:
             x.add_(registers[i], alpha=c)
         if recycles:
@@ -104,62 +102,62 @@ def _advance(
         yield s
 
 
-def _program(tableau: Tableau) -> Any:
-    """The rows, flattened for the loop: (s, operations, memory, i, c, rest) where the new state is
-    c register_i + rest. An operation is (combination, or None for the state; None; lasts) or a draw
-    (None; its interval; lasts), where `lasts` says whether its answer is needed after the next of
-    its kind; a memory is a combination, or the number of a register as it is."""
-    if tableau.program is None:
+def _program(tableau: Tableau, dtype: torch.dtype) -> Any:
+    """The rows, flattened for the loop: (s, operations, memory, state). An operation is
+    (combination, or None for the state; None; lasts) or a draw (None; its interval; lasts), where
+    `lasts` says whether its answer is needed after the next of its kind; a memory is a
+    combination, or the number of a register as it is."""
+    if dtype not in tableau.programs:
         rows, held = [], 1
         for row in tableau.rows:
             memory = tuple(
-                terms[0][0] if len(terms) == 1 and terms[0][1] == 1.0 else terms
+                terms[0][0] if len(terms) == 1 and terms[0][1] == 1.0 else _compiled(terms, dtype)
                 for terms in row.memory
             )
             kinds = [type(op) for op in row.operations]
             operations = tuple(
                 (
-                    None if isinstance(op, Draw) or op.terms == _THE_STATE else op.terms,
+                    None
+                    if isinstance(op, Draw) or op.terms == _THE_STATE
+                    else _compiled(op.terms, dtype),
                     op if isinstance(op, Draw) else None,
                     held + j in memory or kinds[j] in kinds[j + 1 :],
                 )
                 for j, op in enumerate(row.operations)
             )
             held = 1 + len(memory)
-            (i, c), *rest = row.state
-            rows.append((row.s, operations, memory, i, c, tuple(rest)))
-        object.__setattr__(tableau, "program", tuple(rows))
-    return tableau.program
+            rows.append((row.s, operations, memory, _compiled(row.state, dtype)))
+        tableau.programs[dtype] = tuple(rows)
+    return tableau.programs[dtype]
 
 
-def _scales(tableau: Tableau, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The c of every row. A 0-dim tensor multiplies a small state twice as fast as a number
-    does; half precision keeps numbers, which are not rounded to it."""
-    if dtype not in tableau.scales:
-        numbers = [row[4] for row in _program(tableau)]
-        wide = dtype in (torch.float32, torch.float64)
-        tableau.scales[dtype] = (
-            torch.tensor(numbers, dtype=dtype).unbind(0) if wide else tuple(numbers)
-        )
-    return tableau.scales[dtype]
+def _compiled(terms: Terms, dtype: torch.dtype) -> tuple[int, Any, Terms]:
+    """(i, c, rest) of c register_i + rest; None for c = 1. A 0-dim tensor multiplies a small state
+    twice as fast as a number does; half precision keeps numbers, which are not rounded to it."""
+    (i, c), *rest = terms
+    scale: Any = c
+    if c == 1.0:
+        scale = None
+    elif dtype in (torch.float32, torch.float64):
+        scale = torch.tensor(c, dtype=dtype)
+    return i, scale, tuple(rest)
 
 
 def _takes_buffers(row: Any) -> bool:
-    _, operations, memory, *_ = row
+    _, operations, memory, _ = row
     return any(terms for terms, *_ in operations) or any(not isinstance(m, int) for m in memory)
 
 
-def _combine(terms: Terms, registers: list[Tensor], spare: list[Tensor]) -> Tensor:
-    """sum_i c_i register_i, in a spare buffer if there is one."""
-    (i, c), *rest = terms
-    if c == 1.0 and not rest:
-        return registers[i]
-    out = spare.pop() if spare else None
-    if c == 1.0:
+def _combine(terms: Any, registers: list[Tensor], spare: list[Tensor]) -> Tensor:
+    """c register_i + rest, in a spare buffer if there is one."""
+    i, scale, rest = terms
+    if scale is None:
+        if not rest:
+            return registers[i]
         (j, b), *rest = rest
-        total = torch.add(registers[i], registers[j], alpha=b, out=out)
+        total = torch.add(registers[i], registers[j], alpha=b, out=spare.pop() if spare else None)
     else:
-        total = torch.mul(registers[i], c, out=out)
+        total = torch.mul(registers[i], scale, out=spare.pop() if spare else None)
     for j, b in rest:
         total.add_(registers[j], alpha=b)
     return total

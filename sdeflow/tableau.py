@@ -61,9 +61,8 @@ class Tableau:
     the memory, and the answers of the row's operations, in their order."""
 
     rows: tuple[Row, ...]
-    program: Any = None
-    scales: dict[Any, Any] = field(default_factory=dict)
-    """`program` and `scales` are what `fused` keeps for its loop."""
+    programs: dict[Any, Any] = field(default_factory=dict)
+    """What `fused` keeps for its loop, by dtype."""
 
     @cached_property
     def times(self) -> tuple[Tensor, ...]:
