@@ -32,7 +32,8 @@ BUNDLED = {
     "beta shift dynamic_shift align_your_steps gits",
     "preset": "ddpm_1000 ddim_50 edm_heun_18 dpmpp_2m_karras_20 unipc_10 flux_euler_28",
     "network": "unet mlp",
-    "dataset": "digits folder",
+    "dataset": "digits moons folder imagenet celeba cifar10 mnist arrays waves webdataset "
+    "huggingface",
     "command": "train sample compare demo",
 }
 

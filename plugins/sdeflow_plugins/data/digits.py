@@ -11,12 +11,15 @@ from sdeflow.plugins import Factory, hookimpl
 
 from . import TensorData, checked_split
 
+DIGITS = [str(digit) for digit in range(10)]
+
 
 class Digits(TensorData):
     """Handwritten digits 0 to 9, (1, 8, 8), grey; 17 levels from -1 (paper) to 1 (ink).
 
     The split is fixed, random and stratified by class: a quarter of each class is held out.
-    `ink` says that 1 is drawn dark.
+    `ink` says that 1 is drawn dark. A label is the digit itself and there are always ten classes,
+    so that class 3 means the digit 3 whatever `only` keeps.
 
     Args:
         split: "train" (1,347 images) or "test" (450).
@@ -42,7 +45,7 @@ class Digits(TensorData):
         if only:
             kept = torch.isin(labels, torch.tensor(list(only)))
             x, labels = x[kept], labels[kept]
-        super().__init__(x, labels)
+        super().__init__(x, labels, DIGITS)
 
 
 @hookimpl

@@ -1,105 +1,86 @@
-"""A folder of images, read with Pillow."""
+"""A folder of images, read with Pillow; ImageNet is one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from sdeflow.errors import ArgumentError, one_of, positive_int
 from sdeflow.plugins import Factory, hookimpl
 
-from . import checked_split
+from .images import Broken, Color, Crop, Frame, ImageData
+from .tree import Labels, read_tree
 
-if TYPE_CHECKING:
-    from PIL import Image
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".avif", ".jp2"),
+)
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-MODES = {"rgb": "RGB", "grey": "L"}
 
+def folder(
+    split: str = "train",
+    path: str = "",
+    size: int = 32,
+    color: Color = "rgb",
+    crop: Crop = "center",
+    crops: int = 0,
+    flip: bool = True,
+    labels: Labels = "auto",
+    broken: Broken = "refuse",
+) -> ImageData:
+    """A folder of images of any size, searched at every depth; class folders give labels.
 
-class Folder(Dataset[Tensor]):
-    """A folder of images, searched at every depth; resized, cropped at the centre, in [-1, 1].
+    Images of any mode are taken: turned as EXIF says, transparent ones laid on white, 16-bit ones
+    at full depth, of animations the first picture.
 
     Args:
         split: "train" or "test": every tenth file in order of name is held out as "test". Where
-            there are two subfolders `train` and `test`, these are the splits.
+            there are subfolders `train` and `test` (or val, validation, valid), these are the
+            splits.
         path: the folder.
         size: the side of the square images, in pixels.
         color: "rgb" (3, size, size) or "grey" (1, size, size).
+        crop: "center", the middle square; "random", a square of 0.8 to 1 times the shorter side,
+            anywhere. Test images are always cropped at the centre.
+        crops: random crops of each training image, each a sample of its own; 0 is 4 of them.
         flip: whether the mirror image of every training image is a sample too.
+        labels: "folders": the first folder that a file lies in is its class, in order of name;
+            "none"; "auto": folders where there are two or more and no image beside them.
+        broken: "refuse": an image that cannot be decoded is an error that names it; "skip": the
+            next readable one of its class stands in for it, with a warning.
     """
-
-    def __init__(
-        self,
-        split: str = "train",
-        path: str = "",
-        size: int = 32,
-        color: Literal["rgb", "grey"] = "rgb",
-        flip: bool = True,
-    ) -> None:
-        checked_split(split)
-        self.size = positive_int("size", size)
-        self.mode = MODES[one_of("color", color, MODES)]
-        self.files = _files(path, split)
-        self.flip = flip and split == "train"
-        self.shape = (3 if color == "rgb" else 1, self.size, self.size)
-
-    def __len__(self) -> int:
-        return len(self.files) * (2 if self.flip else 1)
-
-    def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} must be in 0..{len(self) - 1}")
-        mirrored, index = divmod(index, len(self.files))
-        pixels = np.asarray(self._read(self.files[index]), dtype=np.float32) / 127.5 - 1
-        x = torch.from_numpy(pixels.reshape(self.size, self.size, -1)).movedim(2, 0)
-        return (x.flip(2) if mirrored else x).contiguous()
-
-    def _read(self, file: Path) -> Image.Image:
-        """The image, turned upright, its shorter side at `size`, the middle square of it."""
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image).convert(self.mode)
-                return ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ArgumentError(
-                f"path: {file} cannot be read as an image ({type(error).__name__}: {error}); "
-                "remove or replace the file"
-            ) from error
+    frame = Frame.of(split, size, color, crop, crops, flip)
+    files, classes, names = read_tree(path, split, labels, SUFFIXES, "image")
+    return ImageData(files, frame, classes, names, broken=broken)
 
 
-def _files(path: str, split: str) -> list[Path]:
-    """The image files of a split, in order of name."""
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise ArgumentError(
-            f"path={path!r} must be a folder of images, such as --data_options.path ~/pictures"
-        )
-    divided = (root / "train").is_dir() and (root / "test").is_dir()
-    found = _images(root / split if divided else root)
-    if not divided:
-        found = [file for k, file in enumerate(found) if (k % 10 == 9) == (split == "test")]
-    if not found:
-        endings = " ".join(sorted(SUFFIXES))
-        raise ArgumentError(
-            f"path={path!r} holds no image for split={split!r}; put at least 10 files there with "
-            f"one of the endings {endings}, or subfolders train and test"
-        )
-    return found
+def imagenet(
+    split: str = "train",
+    path: str = "",
+    size: int = 64,
+    color: Color = "rgb",
+    crop: Crop = "center",
+    crops: int = 0,
+    flip: bool = True,
+    labels: bool = True,
+    broken: Broken = "refuse",
+) -> ImageData:
+    """ImageNet (ILSVRC) from a local folder with train/n01440764/*.JPEG and val/n01440764/*.JPEG.
 
+    The classes are the folders in order of name, called by their WordNet ids. The validation
+    images are unpacked without folders: they have to be sorted into them first. Source:
+    Russakovsky et al. (2015).
 
-def _images(root: Path) -> list[Path]:
-    return sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    Args:
+        split: "train", or "test", which reads val.
+        path: the folder that holds train and val.
+        labels: whether the samples are labelled.
+        size, color, crop, crops, flip, broken: as of the data set folder.
+    """
+    frame = Frame.of(split, size, color, crop, crops, flip)
+    kind = "folders" if labels else "none"
+    files, classes, names = read_tree(path, split, kind, SUFFIXES, "image", ("train", "val"))
+    return ImageData(files, frame, classes, names, broken=broken)
 
 
 @hookimpl
 def sdeflow_datasets() -> Mapping[str, Factory]:
-    return {"folder": Folder}
+    return {"folder": folder, "imagenet": imagenet}
