@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import keyword
 import os
 import re
 import sys
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(command: Callable[..., Any], values: dict[str, Any]) -> Any:
     """The command called with its options, and with its `*names` one by one."""
     names = values.pop(_several(command), None) or ()
+    for parameter in _reserved(command):
+        values[parameter.name] = values.pop(parameter.name[:-1])
     return command(*names, **values)
 
 
@@ -84,6 +87,14 @@ def _several(command: Callable[..., Any]) -> str:
     """The name of a parameter `*names`, if the command has one."""
     parameters = inspect.signature(command).parameters.values()
     return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "")
+
+
+def _reserved(command: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters such as `class_`, whose option is the word that Python reserves: --class."""
+    names = inspect.signature(command).parameters
+    found = [name for name in names if name.endswith("_") and keyword.iskeyword(name[:-1])]
+    whole = inspect.signature(command, eval_str=True).parameters if found else names
+    return [whole[name] for name in found]
 
 
 def _parse(
@@ -115,11 +126,14 @@ def _parse(
         )
         several = _several(command)
         if several:
-            told = re.search(rf"^ +{several}: (.*)$", text, re.MULTILINE)
-            sub.add_argument(several, nargs="*", type=str, default=[], help=told and told[1])
-        sub.add_function_arguments(
-            command, as_positional=True, fail_untyped=False, skip={several} if several else None
-        )
+            sub.add_argument(several, nargs="*", type=str, default=[], help=_told(several, text))
+        reserved = _reserved(command)
+        skip: set[str | int] = {several, *(p.name for p in reserved)}
+        sub.add_function_arguments(command, as_positional=True, fail_untyped=False, skip=skip)
+        for each in reserved:
+            told = _told(each.name, text)
+            option = f"--{each.name[:-1]}"
+            sub.add_argument(option, type=each.annotation, default=each.default, help=told)
         subcommands.add_subcommand(name, sub, help=text.split("\n")[0])
     values = parser.parse_args(_with_flags(sys.argv[1:] if argv is None else argv, commands))
     chosen = values.subcommand
@@ -128,17 +142,32 @@ def _parse(
     return commands[chosen], options
 
 
+def _told(name: str, text: str) -> str | None:
+    """What a docstring's "Args:" say of a parameter."""
+    found = re.search(rf"^ +{name}: (.*(?:\n {{8,}}.*)*)", text, re.MULTILINE)
+    return found and " ".join(found[1].split())
+
+
 def _with_flags(argv: Sequence[str], commands: dict[str, Callable[..., Any]]) -> list[str]:
     """The arguments, with "true" put after each switch that stands alone, such as --all."""
     command = next((commands[word] for word in argv if word in commands), None)
     parameters = inspect.signature(command).parameters.values() if command else ()
-    switches = {f"--{p.name}" for p in parameters if p.default is False}
+    switches = {
+        f"--{p.name}": {"true", "false", "yes", "no", "0", "1", *_words(p.annotation)}
+        for p in parameters
+        if p.default is False
+    }
     words = []
     for word, after in zip(argv, [*argv[1:], "-"], strict=True):
         words.append(word)
-        if word in switches and after.lower() not in ("true", "false", "yes", "no", "0", "1"):
+        if word in switches and after.lower() not in switches[word]:
             words.append("true")
     return words
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that a switch takes beside true and false: bool | Literal["auto"] takes auto."""
+    return re.findall(r"""['"](\w+)['"]""", str(annotation))
 
 
 def _help_format() -> type[argparse.HelpFormatter]:

@@ -55,6 +55,7 @@ ALLOWED = {
     "local": "errors derivatives calculus sde system",
     "matching": "errors derivatives sde denoiser loss solver system detect local sample",
     "cli": "errors plugins testing",
+    "__main__": "cli",
 }
 EAGER = {"torch", "pluggy"}
 """Third-party libraries that `import sdeflow` may load."""

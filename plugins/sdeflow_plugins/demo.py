@@ -13,11 +13,12 @@ from sdeflow.errors import ArgumentError
 from sdeflow.sample import sample
 
 from .data.digits import Digits
-from .evaluate.command import compare_run, distance_to_data
+from .evaluate.comparison import compare_run
 from .evaluate.judge import train_judge
 from .evaluate.quality import assess
+from .generate.film import save_film
 from .generate.sampler import SAMPLERS
-from .pictures import film, save_samples
+from .pictures import save_samples
 from .train.recipe import Recipe
 from .train.session import train_run
 
@@ -50,12 +51,11 @@ def demo(run: str = "runs/demo", seed: int = 0, quick: bool = False, threads: in
     budgets, n, images = ([4, 8], 20, 40) if quick else ([5, 10, 20, 50], 500, 1000)
     train_data, test_data = Digits("train"), Digits("test")
     judge = train_judge(train_data, epochs=5 if quick else 25)
-    yardstick = distance_to_data(trained, judge)
-    rows = compare_run(trained, SAMPLERS, budgets, n, seed, yardstick=yardstick)
+    rows = compare_run(trained, SAMPLERS, budgets, n, seed, judge=judge)
     for cell, page in rows:
         if cell.budget == budgets[-1] and page is not None:
             name = SAMPLERS[cell.sampler].solver
-            save_samples(page[:64], path / "samples" / f"{name}.png", ink=True)
+            save_samples(page, path / "samples" / f"{name}.png", ink=True)
     denoiser, shape = trained.denoiser()
     x = SAMPLERS["DPM++2M"].run(denoiser, (images, *shape), 20, seed).x
     _film(denoiser, shape, 8 if quick else 30, seed, path / "digits.gif")
@@ -76,7 +76,7 @@ def _film(denoiser: Denoiser, shape: tuple[int, ...], steps: int, seed: int, pat
         keep=True,
     ).path
     assert frames is not None
-    film([*frames], path, columns=8, ink=True)
+    save_film([*frames], path, columns=8, ink=True)
 
 
 def _clear(path: Path) -> Path:

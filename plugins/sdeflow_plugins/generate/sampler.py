@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.denoiser import Denoiser
 from sdeflow.errors import PairingError
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sample import Solution, sample
@@ -31,8 +30,8 @@ class Sampler:
     grid: str = "log_snr"
     grid_options: dict[str, Any] = field(default_factory=dict)
 
-    def process(self, denoiser: Denoiser) -> ReverseSDE:
-        """The process that this sampler runs."""
+    def process(self, denoiser: Any) -> ReverseSDE:
+        """The process that this sampler runs, of a Denoiser, or of what is guided as one."""
         if self.eta is not None:
             return ReverseSDE(denoiser.sde, denoiser, self.eta)
         flow = ReverseSDE(denoiser.sde, denoiser, 0.0)
@@ -50,25 +49,29 @@ class Sampler:
         """The grid, a function (sde, n) to times."""
         return build("grid", self.grid, self.grid_options)
 
+    def settings(self, steps: int) -> dict[str, Any]:
+        """The solver, the grid and the steps, as `sample` and its like take them."""
+        return {"solver": self.make_solver(), "grid": self.make_grid(), "steps": steps}
+
     def run(
         self,
-        denoiser: Denoiser,
+        denoiser: Any,
         shape: Sequence[int],
         steps: int,
         seed: int | Sequence[int] = 0,
         device: torch.device | str = "cpu",
         progress: bool = False,
+        keep: bool = False,
     ) -> Solution:
-        """A batch of samples of that shape (B, *)."""
+        """A batch of samples of that shape (B, *). keep: with the states at all times."""
         return sample(
             self.process(denoiser),
             shape,
-            solver=self.make_solver(),
-            steps=steps,
-            grid=self.make_grid(),
+            **self.settings(steps),
             seed=seed,
             device=device,
             progress=progress,
+            keep=keep,
         )
 
 
