@@ -150,6 +150,7 @@ class LinearSDE(GaussianSDE):
         """
         target = torch.as_tensor(log_snr, dtype=torch.float64)
         knots = torch.cat((self.panels.knots[:1] + 1e-16 * self.T, self.panels.knots[1:]))
+        knots = knots.to(target.device)
         known = single_log_snr(self, knots)
         k = torch.searchsorted(-known, -target.reshape(-1)).clamp(1, len(knots) - 1)
         low, high = (knots[i].reshape(target.shape) for i in (k - 1, k))

@@ -105,16 +105,18 @@ def sample_times(
     stratified: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """n training times, (n,) in float64 on the host, from the distribution named.
+    """n training times, (n,) in float64, from the distribution named.
 
+    generator: they are drawn, and stay, on its device; on the host without one.
     stratified: one u in each of n equal cells, which lowers the variance of the loss and leaves
     its mean (Kingma et al., 2021, appendix I.1).
     """
     n = positive_int("n", n)
     quantile = TIMES[one_of("times", times, TIMES)] if isinstance(times, str) else times
-    u = torch.rand(n, dtype=torch.float64, generator=generator)
+    device = None if generator is None else generator.device
+    u = torch.rand(n, dtype=torch.float64, generator=generator, device=device)
     if stratified:
-        cells = torch.randperm(n, generator=generator)
+        cells = torch.randperm(n, generator=generator, device=device)
         u = (cells + u) / n
     return quantile(sde, u)
 
@@ -158,7 +160,8 @@ def score_matching(
 ) -> Tensor:
     """The denoising score matching loss of a batch: a scalar to call backward() on.
 
-    Times and noise are drawn afresh; give a (host) generator for repeatable ones.
+    Times and noise are drawn afresh, on the host or on the device of the generator; give one for
+    repeatable ones.
     """
     if not x0.is_floating_point() or not x0.numel():
         raise ShapeError(
@@ -166,5 +169,6 @@ def score_matching(
             "floating point (images: x.float() / 127.5 - 1)"
         )
     t = sample_times(denoiser.sde, x0.shape[0], times, generator=generator)
-    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
+    device = None if generator is None else generator.device
+    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=device).to(x0.device)
     return denoising_loss(denoiser, x0, t, noise, weighting).mean()

@@ -1,20 +1,22 @@
-"""Training: the loop, its checkpoints, the recipe and the run folder."""
+"""Training: the loop, its state and the recipe."""
 
-import csv
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 from sdeflow_plugins.build import build
-from sdeflow_plugins.train import checkpoint
+from sdeflow_plugins.data import TensorData
+from sdeflow_plugins.train import checkpoint, loop
+from sdeflow_plugins.train import recipe as recipe_module
 from sdeflow_plugins.train.engine import make_fabric
-from sdeflow_plugins.train.loop import learning_rate, training
-from sdeflow_plugins.train.order import Batches
+from sdeflow_plugins.train.loop import Record, learning_rate, looks, training
 from sdeflow_plugins.train.recipe import Recipe
-from sdeflow_plugins.train.run import Run
-from sdeflow_plugins.train.session import train_run
-from sdeflow_plugins.train.state import State, moving_average
+from sdeflow_plugins.train.state import State, decay_of, follow
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from ztest import LIMIT
 
 from sdeflow import VP, ArgumentError, NonFiniteError
 
@@ -38,7 +40,8 @@ IMAGES = dataclasses.replace(
 def begin(recipe):
     """(data set, state, fabric) before the first step."""
     dataset, fabric = recipe.make_dataset(), make_fabric(recipe)
-    return dataset, State.fresh(recipe, dataset.shape, fabric.device), fabric
+    classes = recipe.count_classes(dataset)
+    return dataset, State.fresh(recipe, dataset.shape, fabric.device, classes), fabric
 
 
 def train_to_the_end(recipe):
@@ -81,10 +84,14 @@ def test_training_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, dropout):
-    options = {"channels": [8, 16], "dropout": dropout}
-    recipe = dataclasses.replace(IMAGES, network_options=options)
+DROPOUT = dataclasses.replace(IMAGES, network_options={"channels": [8, 16], "dropout": 0.3})
+ALL = dataclasses.replace(
+    DROPOUT, conditional=True, accumulate=4, ema_kind="power", posthoc_every=3, label_dropout=0.3
+)
+
+
+@pytest.mark.parametrize("recipe", [IMAGES, DROPOUT, ALL], ids=["plain", "dropout", "all"])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, recipe):
     _, whole = train_to_the_end(recipe)
     dataset, state, fabric = begin(recipe)
     for record in training(recipe, dataset, state, fabric):
@@ -98,34 +105,99 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, dropout):
     assert records[0].step == 6 and same(whole, resumed)
 
 
-def test_without_the_optimizer_memory_resuming_differs(tmp_path):
+@pytest.mark.parametrize("part", ["optimizer.", "ema.", "posthoc.0.05."])
+def test_without_a_part_of_the_state_resuming_differs(part):
     """The planted fault of the test above."""
-    _, whole = train_to_the_end(SMALL)
-    dataset, state, fabric = begin(SMALL)
-    for record in training(SMALL, dataset, state, fabric):
+    recipe = dataclasses.replace(SMALL, posthoc_every=3)
+    _, whole = train_to_the_end(recipe)
+    dataset, state, fabric = begin(recipe)
+    for record in training(recipe, dataset, state, fabric):
         if record.step == 5:
             tensors, facts = state.pack()
             break
-    _, resumed, fabric = begin(SMALL)
-    kept = {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}
+    _, resumed, fabric = begin(recipe)
+    fresh, _ = resumed.pack()
+    lost = {name: fresh.get(name) for name in tensors if name.startswith(part)}
+    kept = {n: t for n, t in {**tensors, **lost}.items() if t is not None}
     resumed.unpack(5, kept, facts)
-    list(training(SMALL, dataset, resumed, fabric))
-    assert not same(whole, resumed)
+    list(training(recipe, dataset, resumed, fabric))
+    assert lost and not same(whole, resumed)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_and_never_enters_the_average(bad):
+def test_a_loss_of_ones_own_gets_denoiser_and_batch():
     dataset, state, fabric = begin(SMALL)
-    steps = training(SMALL, dataset, state, fabric)
-    for _ in range(3):
-        next(steps)
-    before = {name: t.clone() for name, t in state.pack()[0].items()}
-    dataset.x[:] = bad
-    with pytest.raises(NonFiniteError, match=r"step 4 has loss (nan|inf).*still those of step 3"):
-        list(steps)
-    assert state.step == 3
-    after = state.pack()[0]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    recipe, seen = dataclasses.replace(SMALL, accumulate=2), []
+
+    def loss(denoiser, batch):
+        seen.append(batch)
+        x = denoiser.sde.perturb(batch.x0, batch.t, batch.noise)
+        return (denoiser.denoise(x, batch.t) - batch.x0).abs().mean()
+
+    records = list(training(recipe, dataset, state, fabric, loss))
+    assert len(records) == 12 and len(seen) == 24
+    assert all(b.x0.shape == b.noise.shape == (16, 2) and b.t.shape == (16,) for b in seen)
+    assert len({float(torch.rand(1, generator=b.generator)) for b in seen[-1:]}) == 1
+    _, usual = train_to_the_end(recipe)
+    assert not same(state, usual)
+
+
+def test_a_loss_of_ones_own_is_one_number():
+    dataset, state, fabric = begin(SMALL)
+    with pytest.raises(ArgumentError, match=r"loss returned shape \(32, 2\).*one number"):
+        next(training(SMALL, dataset, state, fabric, lambda d, b: d.net(b.x0, b.t.float())))
+
+
+def test_a_worker_process_reads_what_this_one_would():
+    (_, here), (_, there) = (
+        train_to_the_end(dataclasses.replace(SMALL, workers=n)) for n in (0, 2)
+    )
+    assert same(here, there)
+
+
+def test_a_record_holds_tensors_and_is_read_as_numbers():
+    record = Record(3, torch.tensor(0.25), torch.tensor(2), lr=0.5)
+    assert dataclasses.astuple(record) == (3, 0.25, 2.0, 0.5)
+    assert [type(v) for v in dataclasses.astuple(record)] == [int, float, float, float]
+    assert record == Record(3, 0.25, 2.0, 0.5) != Record(3, 0.5, 2.0, 0.5)
+    with pytest.raises(TypeError, match="loss"):
+        Record(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n": 0}, "is empty"),
+        ({"shape": (3,)}, r"samples \(2,\) torch.float32; they must be \(3,\)"),
+        ({"dtype": torch.uint8}, r"torch.uint8; they must be \(2,\) in floating point"),
+    ],
+    ids=["empty", "shape", "dtype"],
+)
+def test_data_that_cannot_be_trained_on_are_refused(change, words):
+    n, shape, dtype = (change.get(k, v) for k, v in [("n", 9), ("shape", (2,)), ("dtype", None)])
+    dataset, _, fabric = begin(SMALL)
+    dataset = TensorData(torch.zeros(n, 2).to(dtype or torch.float32))
+    state = State.fresh(SMALL, shape, fabric.device)
+    with pytest.raises(ArgumentError, match=words):
+        next(training(SMALL, dataset, state, fabric))
+
+
+# ---- accumulation, clipping, compilation
+
+
+@pytest.mark.parametrize("recipe", [SMALL, dataclasses.replace(IMAGES, conditional=True)])
+def test_accumulated_parts_are_the_whole_batch_to_rounding(recipe):
+    """The planted fault, a batch without its last sample, is farther off by a factor of 100."""
+
+    def weights(**change):
+        recipe_ = dataclasses.replace(recipe, steps=4, warmup=0, **change)
+        records, state = train_to_the_end(recipe_)
+        flat = torch.cat([p.detach().flatten() for p in state.network.parameters()])
+        return flat, [r.loss for r in records]
+
+    (whole, losses), (parts, their) = weights(), weights(accumulate=4)
+    other, _ = weights(batch_size=31)
+    gap, fault = (float((w - whole).abs().mean()) for w in (parts, other))
+    assert their == pytest.approx(losses, rel=1e-5) and 0 < gap < 1e-2 * fault
 
 
 def test_gradients_are_clipped(monkeypatch):
@@ -145,18 +217,233 @@ def test_gradients_are_clipped(monkeypatch):
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
+def test_a_compiled_network_trains_alike_and_keeps_its_names(monkeypatch):
+    """By the backend aot_eager, which traces forward and backward and needs no C++ compiler."""
+    recipe = dataclasses.replace(SMALL, conditional=True, steps=3)
+    records, plain = train_to_the_end(recipe)
+    monkeypatch.setattr(loop, "BACKEND", "aot_eager")
+    torch._dynamo.utils.counters.clear()
+    their, state = train_to_the_end(dataclasses.replace(recipe, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert plain.pack()[0].keys() == state.pack()[0].keys()
+    assert [r.loss for r in their] == pytest.approx([r.loss for r in records], rel=1e-4)
+
+
+def test_compilation_needs_a_compiler(monkeypatch):
+    dataset, state, fabric = begin(SMALL)
+    monkeypatch.setattr(loop.shutil, "which", lambda _: None)
+    with pytest.raises(ArgumentError, match="needs a C.. compiler and found none"):
+        next(training(dataclasses.replace(SMALL, compile=True), dataset, state, fabric))
+
+
+# ---- what is not finite
+
+
+def bad_at(step, value):
+    """A loss that is not finite at one step, in its gradient too."""
+
+    def loss(denoiser, batch):
+        loss.calls += 1
+        x = denoiser.sde.perturb(batch.x0, batch.t, batch.noise)
+        mean = (denoiser.denoise(x, batch.t) - batch.x0).square().mean()
+        return mean * value if loss.calls == step else mean
+
+    loss.calls = 0
+    return loss
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_never_enters_the_average(bad):
+    dataset, state, fabric = begin(SMALL)
+    steps = training(SMALL, dataset, state, fabric)
+    for _ in range(3):
+        next(steps)
+    before = {name: t.clone() for name, t in state.pack()[0].items()}
+    dataset.x[:] = bad
+    with pytest.raises(NonFiniteError, match=r"step 4 has loss (nan|inf).*still those of step 3"):
+        list(steps)
+    assert state.step == 3
+    after = state.pack()[0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def as_on_a_gpu(monkeypatch):
+    """Let the host look at log and save intervals alone, as it does on a GPU."""
+    host = torch.device("cuda")
+    monkeypatch.setattr(loop, "looks", lambda recipe, step, _: looks(recipe, step, host))
+
+
+def test_where_the_host_looks_late_the_device_keeps_the_last_good_weights(monkeypatch):
+    """Step 2 is bad and found at step 4; planted fault: an update that is sure of itself."""
+    as_on_a_gpu(monkeypatch)
+    recipe = dataclasses.replace(SMALL, posthoc_every=3)
+    dataset, good, fabric = begin(recipe)
+    next(training(recipe, dataset, good, fabric, bad_at(0, math.nan)))
+
+    def run():
+        dataset, state, fabric = begin(recipe)
+        steps = training(recipe, dataset, state, fabric, bad_at(2, math.nan))
+        assert [next(steps).step for _ in range(3)] == [1, 2, 3]
+        with pytest.raises(NonFiniteError, match="step 2 had.*nothing is saved"):
+            state.pack()
+        with pytest.raises(NonFiniteError, match="step 2 has loss nan.*still those of step 1"):
+            next(steps)
+        return state
+
+    def kept(state):
+        (tensors, _), (expected, _) = state.pack(), good.pack()
+        return state.step == 1 and all(torch.equal(tensors[n], expected[n]) for n in expected)
+
+    assert kept(run())
+    update = State.update
+    monkeypatch.setattr(State, "update", lambda self, opt, sure: update(self, opt, True))
+    assert not kept(run())
+
+
+def test_the_host_looks_at_the_end_and_before_what_is_saved():
+    recipe = dataclasses.replace(SMALL, steps=13)
+    seen = [k for k in range(1, 14) if looks(recipe, k, torch.device("cuda"))]
+    assert seen == [4, 6, 8, 12, 13]
+    assert all(looks(recipe, k, torch.device("cpu")) for k in range(1, 14))
+
+
+def test_the_device_decides_as_the_host_would(monkeypatch):
+    _, host = train_to_the_end(SMALL)
+    as_on_a_gpu(monkeypatch)
+    _, device = train_to_the_end(SMALL)
+    (a, _), (b, _) = host.pack(), device.pack()
+    assert all(torch.allclose(a[n].double(), b[n].double(), rtol=1e-5, atol=1e-7) for n in a)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for its device: the reading of a number."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("every", [4, 1], ids=["late", "planted fault: each step"])
+def test_no_step_waits_for_the_device(monkeypatch, every):
+    as_on_a_gpu(monkeypatch)
+    recipe = dataclasses.replace(SMALL, log_every=every, posthoc_every=2, accumulate=2)
+    dataset, state, fabric = begin(recipe)
+    steps = training(recipe, dataset, state, fabric)
+    next(steps)
+    with Waits() as waits:
+        next(steps), next(steps)
+    assert (waits.count == 0) == (every == 4)
+
+
+# ---- classes
+
+
+class Poles(TensorData):
+    """Label k sits at (2k - 1, 2k - 1)/2: what the class says is half of all there is to know."""
+
+    def __init__(self, n=64, labels=None, classes=0):
+        side = torch.arange(n) % 2
+        super().__init__((2 * side - 1)[:, None].repeat(1, 2) / 2, side)
+        self.labels, self.classes = side if labels is None else labels, classes
+
+
+CLASSES = dataclasses.replace(SMALL, conditional=True, label_dropout=0.25, batch_size=64)
+
+
+def test_each_sample_comes_with_its_label_and_a_share_without():
+    dataset, fabric, seen = Poles(), make_fabric(CLASSES), []
+    state = State.fresh(CLASSES, (2,), fabric.device, CLASSES.count_classes(dataset))
+
+    def loss(denoiser, batch):
+        seen.append(batch)
+        return denoiser.net(batch.x0, batch.t.float()).mean()
+
+    list(training(CLASSES, dataset, state, fabric, loss))
+    label, x0 = (torch.cat([getattr(b, name) for b in seen]) for name in ("label", "x0"))
+    told = label < 2
+    assert state.classes == 2 and set(label.tolist()) == {0, 1, 2}
+    assert torch.equal(x0[told, 0] > 0, label[told] == 1)
+    kept, n = 0.75, len(label)
+    assert abs(float(told.float().mean()) - kept) < LIMIT * math.sqrt(kept * (1 - kept) / n)
+
+
+def test_a_conditional_network_learns_its_classes():
+    """Planted fault: with labels at random nothing is learned from them."""
+
+    def distance(labels):
+        recipe = dataclasses.replace(CLASSES, steps=150, lr=1e-2, schedule="constant")
+        dataset, fabric = Poles(labels=labels), make_fabric(recipe)
+        state = State.fresh(recipe, (2,), fabric.device, recipe.count_classes(dataset))
+        list(training(recipe, dataset, state, fabric))
+        x, t = torch.randn(200, 2), torch.tensor(0.98)
+        network = state.ema.module
+        with torch.no_grad():
+            one, two = (
+                recipe.make_denoiser(partial(network, label=torch.full((200,), k))).denoise(x, t)
+                for k in (0, 1)
+            )
+        return float((two - one).mean())
+
+    torch.manual_seed(0)
+    assert 0.8 < distance(None) < 1.2
+    assert abs(distance(torch.randint(2, (64,)))) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "words"),
+    [
+        (torch.tensor([-1, 1] * 32), 0, "run from -1 to 1; they must be in 0..1"),
+        (torch.tensor([0, 2] * 32), 2, "run from 0 to 2; they must be in 0..1, for 2 classes"),
+        (torch.zeros(63).long(), 2, r"shape \(63,\).*must be whole numbers \(64,\)"),
+        (torch.zeros(64), 2, r"torch.float32; they must be whole numbers"),
+        (torch.zeros(64, 1).long(), 2, r"shape \(64, 1\)"),
+        (torch.zeros(0).long(), 2, "has no labels"),
+    ],
+    ids=["negative", "beyond", "few", "float", "column", "none"],
+)
+def test_labels_out_of_range_are_refused(labels, classes, words):
+    with pytest.raises(ArgumentError, match=words):
+        CLASSES.count_classes(Poles(labels=labels, classes=classes))
+
+
+def test_classes_need_labels_and_a_network_that_takes_them(monkeypatch):
+    moons = SMALL.make_dataset()
+    moons.labels = None
+    with pytest.raises(ArgumentError, match="'moons' has no labels: leave conditional out"):
+        CLASSES.count_classes(moons)
+    with pytest.raises(ArgumentError, match="classes=0 and conditional=True"):
+        CLASSES.make_network((2,))
+    with pytest.raises(ArgumentError, match="classes=3 and conditional=False"):
+        SMALL.make_network((2,), 3)
+    with pytest.raises(ArgumentError, match="use conditional=True"):
+        dataclasses.replace(SMALL, network_options={"classes": 3})
+    monkeypatch.setattr(recipe_module, "option_names", lambda _: {"shape", "width"})
+    with pytest.raises(ArgumentError, match="network 'mlp' takes no `classes`"):
+        CLASSES.make_network((2,), 3)
+    dataset, state, fabric = begin(SMALL)
+    with pytest.raises(ArgumentError, match="has 2 classes, the network 0"):
+        next(training(CLASSES, Poles(), state, fabric))
+
+
+# ---- averages and rates
+
+
 def test_the_average_forgets_its_start_and_then_decays_as_told():
-    update = moving_average(0.9)
-    average, weights = [torch.tensor([1.0])], [torch.tensor([0.0])]
-    update(average, weights, torch.tensor(1))
-    assert average[0].item() == pytest.approx(2 / 11)
-    average[0].fill_(1.0)
-    update(average, weights, torch.tensor(10_000))
-    assert average[0].item() == pytest.approx(0.9)
+    decay = decay_of(dataclasses.replace(SMALL, ema=0.9))
+    assert [decay(0), decay(1), decay(10_000)] == pytest.approx([0, 2 / 11, 0.9])
+    average, weights = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.ones_(average.weight), nn.init.zeros_(weights.weight)
+    follow(average, weights, 1 - decay(10_000), None)
+    assert average.weight.item() == pytest.approx(0.9)
+    follow(average, weights, 1 - decay(0), None)
+    assert average.weight.item() == 0
 
 
-def test_the_average_differs_from_the_weights_and_follows_them():
-    _, state = train_to_the_end(SMALL)
+@pytest.mark.parametrize("kind", ["constant", "power"])
+def test_the_average_differs_from_the_weights_and_follows_them(kind):
+    _, state = train_to_the_end(dataclasses.replace(SMALL, ema_kind=kind))
     pairs = zip(state.network.parameters(), state.ema.module.parameters(), strict=True)
     gaps = [float((w - a).detach().abs().max()) for w, a in pairs]
     assert 0 < max(gaps) < 0.1
@@ -170,81 +457,7 @@ def test_learning_rates_rise_and_fall():
     assert learning_rate(dataclasses.replace(recipe, schedule="constant"), 99) == 1
 
 
-def test_batches_see_every_sample_once_an_epoch_and_start_anywhere():
-    recipe = dataclasses.replace(SMALL, batch_size=4, steps=5)
-    batches = list(Batches(10, recipe, 0))
-    row = [index for batch in batches for index in batch]
-    assert sorted(row[:10]) == sorted(row[10:]) == list(range(10)) and row[:10] != row[10:]
-    assert list(Batches(10, recipe, 3)) == batches[3:]
-    assert list(Batches(10, dataclasses.replace(recipe, seed=1), 0)) != batches
-
-
-def test_two_ranks_share_the_batches_of_one():
-    recipe = dataclasses.replace(SMALL, batch_size=4, steps=5)
-    halves = [list(Batches(10, recipe, 0, rank, 2)) for rank in (0, 1)]
-    for batch, even, odd in zip(Batches(10, recipe, 0), *halves, strict=True):
-        assert even == batch[::2] and odd == batch[1::2]
-
-
-# ---- checkpoints
-
-
-@pytest.fixture
-def saved(tmp_path):
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}
-    return checkpoint.write(tmp_path, 3, tensors, {"note": "x"}), tensors
-
-
-def test_a_checkpoint_comes_back(saved):
-    manifest, tensors = saved
-    step, found, facts = checkpoint.read(manifest)
-    assert step == 3 and facts == {"note": "x"} and found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert not list(manifest.parent.glob(".*")), "a temporary file was left"
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
-def test_a_flipped_bit_is_found(saved, suffix, place):
-    file = saved[0].with_suffix(suffix)
-    data = bytearray(file.read_bytes())
-    data[int(place * len(data))] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(checkpoint.CheckpointError, match="step_00000003.*(damaged|cannot be read)"):
-        checkpoint.read(saved[0])
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_a_short_or_missing_file_is_found(saved, suffix):
-    file = saved[0].with_suffix(suffix)
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(checkpoint.CheckpointError):
-        checkpoint.read(saved[0])
-    file.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
-        checkpoint.read(saved[0])
-
-
-def test_a_crash_while_writing_leaves_the_old_checkpoint(saved, monkeypatch):
-    def crash(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.os, "fsync", crash)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write(saved[0].parent, 4, saved[1], {})
-    assert checkpoint.latest(saved[0].parent) == saved[0]
-    assert sorted(f.suffix for f in saved[0].parent.iterdir()) == [".json", ".safetensors"]
-
-
-def test_only_the_last_checkpoints_are_kept(tmp_path):
-    for step in (1, 2, 10):
-        checkpoint.write(tmp_path, step, {"a": torch.zeros(1)}, {})
-    checkpoint.prune(tmp_path, keep=2)
-    assert [m.stem for m in checkpoint.manifests(tmp_path)] == ["step_00000002", "step_00000010"]
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-# ---- the recipe and the run folder
+# ---- the recipe
 
 
 @pytest.mark.parametrize(
@@ -292,53 +505,3 @@ def test_a_recipe_survives_its_file(tmp_path):
     (tmp_path / "config.yaml").write_text("stepps: 3\n")
     with pytest.raises(ArgumentError, match="'stepps'.*did you mean 'steps'"):
         Recipe.load(tmp_path / "config.yaml")
-
-
-def test_a_run_folder_holds_all_that_belongs_to_it(tmp_path):
-    run = train_run(tmp_path / "run", SMALL, quiet=True)
-    found = {str(f.relative_to(run.path)) for f in run.path.rglob("*") if f.is_file()}
-    steps = ("step_00000006", "step_00000012")
-    assert found == {
-        "config.yaml",
-        "metrics.csv",
-        "loss.png",
-        *(f"samples/{step}.png" for step in steps),
-        *(f"checkpoints/{step}.{end}" for step in steps for end in ("json", "safetensors")),
-    }
-    with run.metrics.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [4, 8, 12]
-    assert all(float(row["loss"]) > 0 for row in rows)
-
-
-def test_an_interrupted_run_resumes_to_the_same_end(tmp_path):
-    whole = train_run(tmp_path / "whole", SMALL, quiet=True)
-    train_run(tmp_path / "part", dataclasses.replace(SMALL, steps=6, schedule="constant"))
-    with pytest.raises(ArgumentError, match="schedule='constant'"):
-        train_run(tmp_path / "part", SMALL, resume=True)
-    constant = dataclasses.replace(SMALL, schedule="constant")
-    part = train_run(tmp_path / "part", constant, resume=True, quiet=True)
-    full = train_run(tmp_path / "full", constant, quiet=True)
-    a, b = (checkpoint.read(checkpoint.latest(r.path / "checkpoints")) for r in (part, full))
-    assert a[0] == b[0] == 12 and all(torch.equal(a[1][name], b[1][name]) for name in a[1])
-    assert [r.step for r in part.read_metrics()][-1] == 12 == whole.read_metrics()[-1].step
-
-
-def test_a_run_is_never_written_over(tmp_path):
-    with pytest.raises(ArgumentError, match="holds no checkpoint"):
-        train_run(tmp_path, SMALL, resume=True)
-    train_run(tmp_path, SMALL, quiet=True)
-    with pytest.raises(ArgumentError, match="holds checkpoints already.*--resume"):
-        train_run(tmp_path, SMALL)
-    with pytest.raises(ArgumentError, match="no config.yaml"):
-        Run.open(tmp_path / "elsewhere")
-
-
-def test_a_run_gives_back_its_averaged_network(tmp_path):
-    run = train_run(tmp_path, SMALL, quiet=True)
-    _, tensors, _ = checkpoint.read(checkpoint.latest(tmp_path / "checkpoints"))
-    denoiser, shape = Run.open(tmp_path).denoiser()
-    assert shape == (2,) and denoiser.sde == run.recipe.make_sde()
-    for name, value in denoiser.net.state_dict().items():
-        assert torch.equal(value, tensors[f"ema.{name}"])
-    assert not denoiser.net.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Mapping
@@ -74,6 +75,8 @@ def _typed(kind: str, name: str, factory: Factory, options: dict[str, Any]) -> d
 
 def _hints(factory: Factory) -> dict[str, Any]:
     """The types of a factory's parameters, where they can be told."""
+    while isinstance(factory, functools.partial):  # a preset
+        factory = factory.func
     try:
         hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     except (NameError, TypeError):
