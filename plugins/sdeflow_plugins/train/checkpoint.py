@@ -257,16 +257,12 @@ def _examine(manifest: Path, load: bool) -> tuple[dict[str, Any], dict[str, Tens
                 tensors |= parse(data)
         except (OSError, SafetensorError) as error:
             problems.append(f"{name} cannot be read ({type(error).__name__}: {error})")
-    if load and sharded and not problems:
-        from .sharded import assemble
-
-        tensors = assemble(manifest.with_suffix(""))
     folder = manifest.with_suffix("")
-    shards = {name for name in body["files"] if "/" in name}
-    if shards and not problems and folder.is_dir():
-        strays = {f"{folder.name}/{path.name}" for path in folder.iterdir()} - shards
-        problems = [f"{name} is not one of its files" for name in sorted(strays)]
-    if load and shards and not problems:
+    if sharded and not problems:
+        listed = {PurePosixPath(name).name for name in body["files"] if "/" in name}
+        strays = {path.name for path in folder.iterdir()} - listed
+        problems = [f"{folder.name}/{name} is not one of its files" for name in sorted(strays)]
+    if load and sharded and not problems:
         from .sharded import assemble
 
         tensors |= assemble(folder)

@@ -51,7 +51,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
     if recipe.strategy != "auto" and not launched:
         raise ArgumentError(
             f"strategy={recipe.strategy!r} is for several processes and this is the only one: "
-            f"start it with torchrun --nproc-per-node {os.cpu_count()} -m sdeflow.cli train ..., "
+            f"start it with torchrun --nproc-per-node {os.cpu_count()} -m sdeflow train ..., "
             "or leave strategy at auto"
         )
     cuda = torch.cuda.is_available() and recipe.device != "cpu"
