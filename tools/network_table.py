@@ -19,7 +19,7 @@ def table() -> str:
     rows = [COLUMNS]
     for name, preset in NETWORK_PRESETS.items():
         kind = preset.network.__module__.rpartition(".")[2]
-        options = ", ".join(f"{k}={v}" for k, v in preset.options.items()).replace(" ", "")
+        options = ", ".join(f"{k}={v}" for k, v in preset.options.items())
         rows.append(
             (
                 f"`{name}`",
@@ -29,7 +29,7 @@ def table() -> str:
                 str(preset.batch),
                 _rate(preset.cpu),
                 _rate(preset.gpu),
-                f"`{options}`".replace(",", ", "),
+                f"`{options}`",
                 preset.source,
             )
         )
