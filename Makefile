@@ -10,12 +10,13 @@ WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check bench audit format clean help
+.PHONY: demo test check bench bench-train audit format clean help
 
 help:
 	@echo "make demo    train on the digits, generate images with six solvers, print the figures"
 	@echo "make test    run the tests           make check   ruff, mypy, import directions"
 	@echo "make bench   side-by-side timings    make format  format the code    make clean"
+	@echo "make bench-train  images/s in training and sampling, beside diffusers and ddpm-pytorch"
 	@echo "make audit   orders and laws of the samplers of diffusers, k-diffusion and azula, measured"
 
 demo: $(VENV)/.package
@@ -34,6 +35,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/sde_throughput.py --quick
+
+bench-train: $(VENV)/.peers
+	PYTHONPATH=$(VENV)/peers OMP_NUM_THREADS=1 \
+	  $(BIN)/python benchmarks/train.py --out benchmarks/results/train.md
 
 audit: $(VENV)/.peers
 	PYTHONPATH=$(VENV)/peers OMP_NUM_THREADS=1 \

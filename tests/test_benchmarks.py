@@ -51,3 +51,25 @@ def test_the_default_is_ahead_of_every_peer_as_it_comes(tables):
     assert len(cells) == 12
     for noise, problem, _, _, _, peer, ratio, *_ in cells:
         assert float(ratio) < 0.6, (noise, problem, peer)
+
+
+def test_training_and_sampling_are_compared_on_the_same_network(tmp_path):
+    """One step of each; denoising-diffusion-pytorch is left out, for it is not installed here."""
+    options = ["--quick", "--rounds", "1", "--steps", "1", "--out", "train.md"]
+    own = "ignore:__array__:DeprecationWarning"  # diffusers' scheduler warns under numpy 2
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", own, BENCHMARKS / "train.py", *options],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "train.md").read_text()
+    trained = re.findall(r"^\| (\w+) \| (\S+) M \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    assert [row[0] for row in trained] == ["sdeflow", "diffusers"]
+    assert len({row[1] for row in trained}) == 1 and float(trained[0][3]) == 1
+    sampled = re.findall(r"^\| ([\w, ]+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    assert {name for name, *_ in sampled} >= {"the bare network", "sdeflow, dpmpp_2m"}
+    assert all(0 < float(share) for _, _, share in sampled)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -166,6 +167,77 @@ def test_digits_learns_and_draws(tmp_path):
     assert low < 64 and high > 192  # neither blank nor grey
 
 
+# ---- toys.py, conditional_digits.py, color_glyphs.py, waveforms.py, embeddings.py
+
+
+def is_picture(path):
+    """Whether a file is a picture with something in it."""
+    from PIL import Image
+
+    low, high = Image.open(path).convert("L").getextrema()
+    return low < 100 and high > 200
+
+
+def rows_of(text, names, n):
+    """{name: its n numbers} of a printed table."""
+    found = {}
+    for name in names:
+        row = re.search(rf"^ +{re.escape(name)}((?: +[-\d.]+){{{n}}})", text, re.MULTILINE)
+        found[name] = [float(number) for number in row[1].split()]
+    return found
+
+
+def test_toys_has_a_density_that_is_one_in_all_and_high_at_held_out_points(tmp_path):
+    text = run(EXAMPLES / "toys.py", "--quick", "--out", "toys.png", cwd=tmp_path)
+    likelihood, best, mass = map(
+        float, re.search(r"gaussians +(\S+), at best (\S+); mass in view (\S+)", text).groups()
+    )
+    # The normal law of the same variance gives -3.9; nothing gives more than the true one.
+    assert -3.2 < likelihood < best == pytest.approx(-0.68, abs=0.01)
+    assert mass == pytest.approx(1, abs=0.03)
+    assert is_picture(tmp_path / "toys.png")
+
+
+def test_conditional_digits_obey_more_and_vary_less_with_guidance(tmp_path):
+    """Thirty steps are too few for good digits; even so a judge begins to see the right ones."""
+    text = run(EXAMPLES / "conditional_digits.py", "--quick", "--out", "d.png", cwd=tmp_path)
+    rows = rows_of(text, ["real", "w = 0", "w = 1", "w = 3"], 2)
+    agreement, variety = zip(*rows.values(), strict=True)
+    assert agreement[0] > 0.97 and variety[0] == 1
+    assert agreement[1] < 0.3 < agreement[3]  # w = 0 knows nothing of the class
+    assert agreement[1] < agreement[2] < agreement[3] and variety[3] < variety[1]
+    assert is_picture(tmp_path / "d.png")
+
+
+def test_color_glyphs_trains_from_the_folder_that_it_wrote(tmp_path):
+    text = run(
+        *(EXAMPLES / "color_glyphs.py", "--quick", "--run", "runs/glyphs", "--out", "glyphs.png"),
+        cwd=tmp_path,
+    )
+    assert "trained to step 4" in text and is_picture(tmp_path / "glyphs.png")
+    images = tmp_path / "runs" / "glyph_images"
+    assert [f.name for f in sorted((images / "train").iterdir())] == list("ABEGKMRS")
+    assert len(list(images.glob("train/*/*.png"))) == 72 and len(list(images.glob("test/*/*"))) == 8
+    card = (tmp_path / "runs" / "glyphs" / "README.md").read_text()
+    assert "sdeflow sample runs/glyphs" in card
+
+
+def test_waveforms_makes_a_chirp_for_each_class(tmp_path):
+    text = run(EXAMPLES / "waveforms.py", "--quick", "--out", "waves.png", cwd=tmp_path)
+    rows = rows_of(text, ["real", "generated"], 2)
+    assert rows["real"][0] == 1  # the measure knows which way the real ones go
+    assert rows["real"][1] < 0.3 < rows["generated"][1]  # eight steps are far from enough
+    assert is_picture(tmp_path / "waves.png")
+
+
+def test_embeddings_are_judged_by_the_nearest_topic(tmp_path):
+    text = run(EXAMPLES / "embeddings.py", "--quick", "--out", "e.png", cwd=tmp_path)
+    real, made = (re.search(rf"{name} +(\S+) +(\S+) \+- (\S+)", text) for name in ("real", "ated"))
+    assert (float(real[1]), float(real[2]), float(real[3])) == (1, 1, 0)
+    assert 0 <= float(made[1]) <= 1 and 0.5 < float(made[2]) < 2
+    assert is_picture(tmp_path / "e.png")
+
+
 # ---- own_solver/
 
 
@@ -234,3 +306,104 @@ def test_readme_blocks_run_as_printed(tmp_path):
     # One after another in one namespace: the first one with nothing before it.
     (tmp_path / "readme.py").write_text("\n".join(found), encoding="utf-8")
     run("readme.py", cwd=tmp_path)
+
+
+# ---- docs/training.md
+
+TRAINING = ROOT / "docs" / "training.md"
+
+
+def words_of(line):
+    """The arguments of sdeflow on a line that calls it, by itself or through torchrun."""
+    program, *words = shlex.split(line)
+    if program == "sdeflow":
+        return words
+    from torch.distributed.run import get_args_parser
+
+    started = get_args_parser().parse_args(words)
+    assert (program, started.module, started.training_script) == ("torchrun", True, "sdeflow")
+    return started.training_script_args
+
+
+COMMANDS = [
+    words_of(line)
+    for line in re.findall(r"^    ((?:sdeflow|torchrun) .*)$", TRAINING.read_text(), re.MULTILINE)
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, with the recipe.yaml that some commands name."""
+    from sdeflow_plugins.train.recipe import Recipe
+
+    monkeypatch.chdir(tmp_path)
+    Recipe().save(tmp_path / "recipe.yaml")
+    Recipe().save(tmp_path / "try.yaml")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words[:2]) for words in COMMANDS])
+def test_every_command_of_the_training_guide_is_understood(words, place, capsys):
+    """Its options by the command line, what they name by the plugins."""
+    import torch
+    import yaml
+    from sdeflow_plugins.build import option_names
+    from sdeflow_plugins.train.recipe import Recipe
+
+    from sdeflow.cli import main
+    from sdeflow.plugins import plugins
+
+    words = [word.replace("runs/try/config.yaml", "try.yaml") for word in words]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--print_config"])
+    captured = capsys.readouterr()
+    assert not left.value.code, captured.err
+    if words[0] != "train" or "tiny" in words:
+        return
+    values = yaml.safe_load(captured.out)
+    for beside in ("run", "resume", "allow_changes"):
+        values.pop(beside, None)
+    recipe = Recipe(**values)
+    assert set(recipe.data_options) <= option_names(plugins().find("dataset", recipe.data).factory)
+    side = recipe.data_options.get("size", 32)
+    shape = {"digits": (1, 8, 8), "arrays": (64,)}.get(recipe.data, (3, side, side))
+    with torch.device("meta"):
+        network = recipe.make_network(shape, 10 if recipe.conditional else 0)
+    assert network.classes == (10 if recipe.conditional else 0)
+
+
+def test_the_commands_for_a_cpu_do_what_they_say(place, capsys):
+    from sdeflow.cli import main
+
+    small = [words for words in COMMANDS if "runs/try" in words]
+    assert [words[0] for words in small] == ["train", "sample", "train", "train"]
+    for words in small:
+        assert main(words) == 0, (words, capsys.readouterr())
+    run = place / "runs" / "try"
+    assert {"config.yaml", "metrics.csv", "loss.png", "README.md"} <= {
+        f.name for f in run.iterdir()
+    }
+    assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("40,")
+    assert len(list((run / "samples").glob("dpmpp_2m_5*.png"))) == 1
+
+
+def test_the_python_of_the_training_guide_is_a_plugin_and_a_loop(tmp_path):
+    """The blocks as a module; and as a distribution, whose names the command line finds."""
+    data, network, loop = blocks(TRAINING)
+    (tmp_path / "whole.py").write_text(data + network + loop)
+    text = run("whole.py", cwd=tmp_path)
+    assert [line.split()[0] for line in text.splitlines()] == ["1", "2", "3", "4"]
+
+    (entry_points,) = re.findall(r"^```toml\n(.*?)^```$", TRAINING.read_text(), re.M | re.S)
+    group, line = entry_points.replace("project.entry-points.", "").replace('"', "").splitlines()
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "plugin.py").write_text(data + network)
+    about = tmp_path / "mine-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 0.1\n")
+    (about / "entry_points.txt").write_text(f"{group}\n{line}\n")
+    (words,) = [words for words in COMMANDS if "tiny" in words]
+    start = "import sys; sys.path.insert(0, '.'); from sdeflow.cli import main; main(sys.argv[1:])"
+    run("-c", start, *words, "--steps", "3", "--batch_size", "8", cwd=tmp_path)
+    config = (tmp_path / "runs" / "ramps" / "config.yaml").read_text()
+    assert "network: tiny" in config and "width: 64" in config
