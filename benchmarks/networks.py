@@ -15,7 +15,7 @@ import statistics
 import time
 
 import torch
-from sdeflow_plugins.network_presets import NETWORK_PRESETS
+from sdeflow_plugins.networks.presets import NETWORK_PRESETS
 
 SMALL = [n for n, p in NETWORK_PRESETS.items() if p.parameters < 3e7 and n != "unet_1d_16k"]
 

@@ -8,18 +8,18 @@ import math
 import pytest
 import torch
 from problems import label
-from sdeflow_plugins.ancestral import Ancestral
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM, noise_power
-from sdeflow_plugins.dpm_solver import DPMSolver
-from sdeflow_plugins.dpmpp import DPMpp2M, DPMpp2S, DPMpp3S
-from sdeflow_plugins.edm import EDMHeun
-from sdeflow_plugins.multistep import Multistep
-from sdeflow_plugins.pc import PredictorCorrector
-from sdeflow_plugins.pndm import PNDM
-from sdeflow_plugins.res import RES2S
-from sdeflow_plugins.restart import Restart
-from sdeflow_plugins.seeds import SEEDS
+from sdeflow_plugins.solvers.ancestral import Ancestral
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM, noise_power
+from sdeflow_plugins.solvers.dpm_solver import DPMSolver
+from sdeflow_plugins.solvers.dpmpp import DPMpp2M, DPMpp2S, DPMpp3S
+from sdeflow_plugins.solvers.edm import EDMHeun
+from sdeflow_plugins.solvers.multistep import Multistep
+from sdeflow_plugins.solvers.pc import PredictorCorrector
+from sdeflow_plugins.solvers.pndm import PNDM
+from sdeflow_plugins.solvers.res import RES2S
+from sdeflow_plugins.solvers.restart import Restart
+from sdeflow_plugins.solvers.seeds import SEEDS
 from ztest import LIMIT, z_of_variance
 
 from sdeflow import (

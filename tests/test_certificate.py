@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from faults import FAULTS, Taylor
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.er_sde import ERSDE
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.er_sde import ERSDE
 from ztest import LIMIT
 
 from sdeflow import (

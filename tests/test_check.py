@@ -14,7 +14,7 @@ from sdeflow.testing.report import Check, Report
 ROOT = Path(__file__).parent.parent
 MINE = """
 from sdeflow import GaussianSDE, StepSolver
-from sdeflow_plugins.ddim import DDIM
+from sdeflow_plugins.solvers.ddim import DDIM
 
 class Mine(DDIM):
     pass

@@ -157,7 +157,7 @@ def test_compare_writes_table_and_pictures(trained, capsys):
     assert run("compare", trained, *options) == 0
     assert "sliced Wasserstein" in capsys.readouterr().out
     rows = (trained / "comparison.csv").read_text().splitlines()
-    assert len(rows) == 5 and rows[0].startswith("sampler,budget,evaluations,distance")
+    assert len(rows) == 5 and rows[0].startswith("sampler,budget,evaluations,seconds,")
     assert (trained / "comparison.png").exists() and (trained / "distance.png").exists()
 
 

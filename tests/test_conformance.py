@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Case, cases, numbers, times
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S, exponential_euler
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S, exponential_euler
 
 from sdeflow import VE, VP, EulerMaruyama, Heun, ReverseSDE, TorchDiffEq, TorchSDE, sample
 from sdeflow.testing import GaussianData, output_law

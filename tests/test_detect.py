@@ -6,7 +6,7 @@ import pytest
 import torch
 from drifts import col, draw, user
 from problems import label
-from sdeflow_plugins.dpmpp import DPMpp2M
+from sdeflow_plugins.solvers.dpmpp import DPMpp2M
 from torch.nn import functional
 
 from sdeflow import (

@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 from predictions import assert_same, line, run, weights
-from sdeflow_plugins.dpmpp import DPMpp2M, DPMpp3M
-from sdeflow_plugins.er_sde import ERSDE
-from sdeflow_plugins.multistep import PREDICTIONS, VARIABLES, Multistep
-from sdeflow_plugins.pndm import PNDM
+from sdeflow_plugins.solvers.dpmpp import DPMpp2M, DPMpp3M
+from sdeflow_plugins.solvers.er_sde import ERSDE
+from sdeflow_plugins.solvers.multistep import PREDICTIONS, VARIABLES, Multistep
+from sdeflow_plugins.solvers.pndm import PNDM
 
 from sdeflow import (
     VP,

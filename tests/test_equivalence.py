@@ -18,9 +18,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
 )
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
 
 from sdeflow import VP, Denoiser, GaussianSDE, ReverseSDE, trajectory
 from sdeflow.grid import leading, linspace, trailing

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import numbers
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.dpmpp import DPMpp1S
-from sdeflow_plugins.gddim import GDDIM, GDDIM2M, tables
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.dpmpp import DPMpp1S
+from sdeflow_plugins.solvers.gddim import GDDIM, GDDIM2M, tables
 
 from sdeflow import (
     CLD,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import cases, numbers
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
 
 from sdeflow import (
     VP,

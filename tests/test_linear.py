@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from problems import label, numbers
-from sdeflow_plugins.ddim import DDIM
+from sdeflow_plugins.solvers.ddim import DDIM
 
 from sdeflow import (
     VE,

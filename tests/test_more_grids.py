@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import sdes
 from scipy import stats
-from sdeflow_plugins.ddim import DDIM
 from sdeflow_plugins.gits import fitted
 from sdeflow_plugins.grids import ALIGNED
+from sdeflow_plugins.solvers.ddim import DDIM
 
 from sdeflow import (
     EDM,

@@ -11,11 +11,11 @@ import mpmath
 import pytest
 import torch
 from predictions import OneHot, assert_same, line, run, weights
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.dpm_solver import DPMSolver
-from sdeflow_plugins.dpmpp import DPMpp2M, DPMpp3M
-from sdeflow_plugins.er_sde import ERSDE
-from sdeflow_plugins.multistep import PREDICTIONS, VARIABLES, Multistep
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.dpm_solver import DPMSolver
+from sdeflow_plugins.solvers.dpmpp import DPMpp2M, DPMpp3M
+from sdeflow_plugins.solvers.er_sde import ERSDE
+from sdeflow_plugins.solvers.multistep import PREDICTIONS, VARIABLES, Multistep
 
 from sdeflow import (
     EDM,

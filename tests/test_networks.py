@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from sdeflow_plugins.build import build
-from sdeflow_plugins.conditioning import Sinusoids, unfold_time
-from sdeflow_plugins.network_presets import NETWORK_PRESETS
+from sdeflow_plugins.networks.conditioning import Sinusoids, unfold_time
+from sdeflow_plugins.networks.presets import NETWORK_PRESETS
 
 from sdeflow import ArgumentError, ShapeError, catalogue, get
 

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.dpmpp import DPMpp2M, DPMpp2S
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.dpmpp import DPMpp2M, DPMpp2S
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sdeflow import (

@@ -11,10 +11,10 @@ import math
 import diffusers
 import pytest
 import torch
-from sdeflow_plugins.dpm_solver import DPMSolver
-from sdeflow_plugins.dpmpp import DPMpp2S, DPMpp3M
-from sdeflow_plugins.multistep import Multistep, Value
-from sdeflow_plugins.pndm import PNDM
+from sdeflow_plugins.solvers.dpm_solver import DPMSolver
+from sdeflow_plugins.solvers.dpmpp import DPMpp2S, DPMpp3M
+from sdeflow_plugins.solvers.multistep import Multistep, Value
+from sdeflow_plugins.solvers.pndm import PNDM
 
 from sdeflow import Denoiser, GaussianSDE, ReverseSDE, get, trajectory
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from problems import label
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
-from sdeflow_plugins.gddim import GDDIM
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
+from sdeflow_plugins.solvers.gddim import GDDIM
 
 from sdeflow import (
     GBM,

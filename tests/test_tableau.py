@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.dpmpp import DPMpp1S, DPMpp2M, DPMpp2S
 
 from sdeflow import (
     OU,

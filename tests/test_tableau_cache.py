@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.dpmpp import DPMpp2M
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.dpmpp import DPMpp2M
 
 from sdeflow import (
     OU,

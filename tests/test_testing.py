@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.dpmpp import DPMpp2M, DPMpp2S
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.dpmpp import DPMpp2M, DPMpp2S
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from ztest import LIMIT, z_of_mean, z_of_variance
 

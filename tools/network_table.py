@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdeflow_plugins.network_presets import NETWORK_PRESETS
+from sdeflow_plugins.networks.presets import NETWORK_PRESETS
 
 FILE = Path(__file__).parents[1] / "docs" / "networks.md"
 COLUMNS = ("preset", "network", "a sample", "parameters", "batch", "CPU", "GPU", "options", "for")

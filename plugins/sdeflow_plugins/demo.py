@@ -51,7 +51,16 @@ def demo(run: str = "runs/demo", seed: int = 0, quick: bool = False, threads: in
     budgets, n, images = ([4, 8], 20, 40) if quick else ([5, 10, 20, 50], 500, 1000)
     train_data, test_data = Digits("train"), Digits("test")
     judge = train_judge(train_data, epochs=5 if quick else 25)
-    rows = compare_run(trained, SAMPLERS, budgets, n, seed, judge=judge)
+    rows = compare_run(
+        trained,
+        SAMPLERS,
+        budgets,
+        n,
+        seed,
+        judge=judge,
+        metrics=["frechet_distance"],
+        replicates=20 if quick else 100,
+    )
     for cell, page in rows:
         if cell.budget == budgets[-1] and page is not None:
             name = SAMPLERS[cell.sampler].solver

@@ -20,7 +20,7 @@ from sdeflow.reverse import ReverseSDE
 from sdeflow.sample import integrate
 from sdeflow.sde import SDE
 
-from .ddim import DDIM
+from .solvers.ddim import DDIM
 
 
 def fitted(process: ReverseSDE, x: Tensor, fine: Tensor) -> Callable[[SDE, int], Tensor]:

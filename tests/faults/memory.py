@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sdeflow_plugins.dpmpp import (
+from sdeflow_plugins.solvers.dpmpp import (
     DPMpp2M,
     DPMpp3M,
 )
-from sdeflow_plugins.pndm import PNDM
+from sdeflow_plugins.solvers.pndm import PNDM
 
 from sdeflow import StepSolver
 

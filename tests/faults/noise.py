@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.dpmpp import (
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.dpmpp import (
     DPMpp1S,
     DPMpp2S,
     exponential_euler,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sdeflow_plugins.dpmpp import (
+from sdeflow_plugins.solvers.dpmpp import (
     exponential_euler,
     half_log_snr_step,
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.dpmpp import (
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.dpmpp import (
     DPMpp2M,
     exponential_euler,
     half_log_snr_step,
 )
-from sdeflow_plugins.pc import PredictorCorrector
+from sdeflow_plugins.solvers.pc import PredictorCorrector
 
 from sdeflow import Heun
 

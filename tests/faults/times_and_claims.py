@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sdeflow_plugins.ddim import DDIM
-from sdeflow_plugins.ddpm import DDPM
-from sdeflow_plugins.dpmpp import (
+from sdeflow_plugins.solvers.ddim import DDIM
+from sdeflow_plugins.solvers.ddpm import DDPM
+from sdeflow_plugins.solvers.dpmpp import (
     DPMpp2M,
     DPMpp2S,
     half_log_snr_step,

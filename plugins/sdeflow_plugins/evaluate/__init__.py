@@ -1,4 +1,4 @@
-"""How good are samples, and which solver makes them best: compare and demo.
+"""How good are samples, and which solver makes them best: evaluate, compare and demo.
 
 The heavy libraries are imported when a command runs.
 """
@@ -13,6 +13,6 @@ from sdeflow.plugins import Factory, hookimpl
 @hookimpl
 def sdeflow_commands() -> Mapping[str, Factory]:
     from ..demo import demo
-    from .command import compare
+    from .command import compare, evaluate
 
-    return {"compare": compare, "demo": demo}
+    return {"compare": compare, "demo": demo, "evaluate": evaluate}

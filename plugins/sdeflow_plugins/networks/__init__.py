@@ -1,0 +1,1 @@
+"""Networks: modules called as net(x, t), or net(x, t, label)."""
