@@ -14,26 +14,11 @@ import argparse
 import torch
 from sdeflow_plugins.guidance import cfg
 from sdeflow_plugins.pictures import tile
-from sdeflow_plugins.train.engine import make_fabric
-from sdeflow_plugins.train.loop import training
+from sdeflow_plugins.train.fit import fit
 from sdeflow_plugins.train.recipe import Recipe
-from sdeflow_plugins.train.state import State
 from sklearn.svm import SVC
-from tqdm import tqdm
 
 from sdeflow import probability_flow, sample
-
-
-def train(recipe, dataset):
-    """The conditional denoiser, with averaged weights."""
-    fabric = make_fabric(recipe)
-    classes = recipe.count_classes(dataset)
-    state = State.fresh(recipe, dataset.shape, fabric.device, classes)
-    with tqdm(training(recipe, dataset, state, fabric), total=recipe.steps) as bar:
-        for record in bar:
-            if record.step % 50 == 0:
-                bar.set_postfix(loss=f"{record.loss:.3f}")
-    return recipe.make_denoiser(state.ema.module.eval().cpu())
 
 
 def digits(denoiser, shape, labels, w):
@@ -51,7 +36,7 @@ def variety(x, labels):
 def main(steps, each, out):
     recipe = Recipe(conditional=True, steps=steps)
     real, held_out = recipe.make_dataset(), recipe.make_dataset("test")
-    denoiser = train(recipe, real)
+    denoiser = fit(recipe, real)
     judge = SVC(gamma=0.05).fit(real.x.flatten(1).numpy(), real.labels.numpy())
 
     def judged(x, labels):

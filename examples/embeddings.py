@@ -17,12 +17,9 @@ import matplotlib.pyplot as plt
 import torch
 from sdeflow_plugins.data import TensorData
 from sdeflow_plugins.guidance import cfg
-from sdeflow_plugins.train.engine import make_fabric
-from sdeflow_plugins.train.loop import training
+from sdeflow_plugins.train.fit import fit
 from sdeflow_plugins.train.recipe import Recipe
-from sdeflow_plugins.train.state import State
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from sdeflow import probability_flow, sample
 
@@ -42,18 +39,6 @@ def embeddings(n, seed):
     spread = torch.einsum("nr,nrd->nd", along, directions[topic])
     x = normalize(centres[topic] + spread + around, dim=1)
     return TensorData(SCALE * x, topic)
-
-
-def train(recipe, dataset):
-    """The denoiser with averaged weights: any data set with `shape`, `len` and `[i]` will do."""
-    fabric = make_fabric(recipe)
-    classes = recipe.count_classes(dataset)
-    state = State.fresh(recipe, dataset.shape, fabric.device, classes)
-    with tqdm(training(recipe, dataset, state, fabric), total=recipe.steps) as bar:
-        for record in bar:
-            if record.step % 50 == 0:
-                bar.set_postfix(loss=f"{record.loss:.3f}")
-    return recipe.make_denoiser(state.ema.module.eval().cpu())
 
 
 def by_topic(x, topic):
@@ -96,7 +81,7 @@ def main(steps, width, batch, n, out):
         lr=2e-3,
     )
     data, test = embeddings(20_000, seed=0), embeddings(n, seed=1)
-    denoiser = train(recipe, data)
+    denoiser = fit(recipe, data)
     flow = probability_flow(denoiser.sde, cfg(denoiser, test.labels, w=1.0))
     made = sample(flow, (n, DIM), solver="dpmpp_2m", steps=20, seed=0).x
     centres, _ = by_topic(data.x, data.labels)

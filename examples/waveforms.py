@@ -16,11 +16,8 @@ import matplotlib.pyplot as plt
 import torch
 from sdeflow_plugins.data import TensorData
 from sdeflow_plugins.guidance import cfg
-from sdeflow_plugins.train.engine import make_fabric
-from sdeflow_plugins.train.loop import training
+from sdeflow_plugins.train.fit import fit
 from sdeflow_plugins.train.recipe import Recipe
-from sdeflow_plugins.train.state import State
-from tqdm import tqdm
 
 from sdeflow import probability_flow, sample
 
@@ -39,18 +36,6 @@ def chirps(n, seed):
     x = torch.sin(2 * math.pi * (first * u_up + (last - first) * u_up**2 / 2 + phase))
     fade = torch.exp(-(((u - 0.35 - 0.3 * centre) / 0.3) ** 2))
     return TensorData((x * fade)[:, None], labels, NAMES)
-
-
-def train(recipe, dataset):
-    """The denoiser with averaged weights: any data set with `shape`, `len` and `[i]` will do."""
-    fabric = make_fabric(recipe)
-    classes = recipe.count_classes(dataset)
-    state = State.fresh(recipe, dataset.shape, fabric.device, classes)
-    with tqdm(training(recipe, dataset, state, fabric), total=recipe.steps) as bar:
-        for record in bar:
-            if record.step % 50 == 0:
-                bar.set_postfix(loss=f"{record.loss:.4f}")
-    return recipe.make_denoiser(state.ema.module.eval().cpu())
 
 
 def direction(x):
@@ -102,7 +87,7 @@ def main(steps, channels, batch, n, out):
         lr=2e-3,
     )
     data, test = chirps(8192, seed=0), chirps(n, seed=1)
-    denoiser = train(recipe, data)
+    denoiser = fit(recipe, data)
     flow = probability_flow(denoiser.sde, cfg(denoiser, test.labels, w=1.0))
     made = sample(flow, (n, *data.shape), solver="dpmpp_2m", steps=20, seed=0).x
     print(f"\n{'':>10} {'right way':>10} {'spectral distance':>18}")

@@ -15,6 +15,8 @@ from .reverse import ReverseSDE
 from .tableau import Draw, Tableau, Terms
 
 _THE_STATE: Terms = ((0, 1.0),)
+_LARGE = 2**16
+"""Bytes from which a buffer is worth its bookkeeping: memory for a smaller one is had sooner."""
 _storage_users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -48,9 +50,10 @@ def _advance(
     ask, times = _asker(tableau, process.score, first)
     spare: list[Tensor] = []
     references, storage_users = sys.getrefcount, _storage_users or len
+    counts = _storage_users is not None
     k = 0
     program = _program(tableau, dtype)
-    recycles = reuse and any(_takes_buffers(row) for row in program)
+    recycles = reuse and first.nbytes >= _LARGE and any(_takes_buffers(row) for row in program)
     for s, operations, memory, (i, scale, rest) in program:
         held = len(registers)
         lent: list[Tensor] = []
@@ -71,8 +74,12 @@ def _advance(
                 answer = checked_output("score", answer, first)
             registers.append(answer)
             del answer
-            if lasts:
-                _own(registers)
+            if lasts and not (
+                counts
+                and references(registers[-1]) == _ONE_HOLDER
+                and storage_users(registers[-1].untyped_storage()._cdata) == 2
+            ):
+                registers[-1] = registers[-1].clone()
         if memory:
             kept = [
                 registers[m] if m.__class__ is int else _combine(m, registers, spare)
