@@ -11,10 +11,10 @@ sdeflow is timed as a user calls it, `integrate(...)`, set-up and checks include
 slope between 20 and 50 steps, which leaves the set-up out, as it is left out for diffusers, whose
 scheduler is timed for its steps alone, without `set_timesteps`.
 
---all: every linear solver of the catalogue. Its minimum is a loop of as many fused operations a
-step as its tableau has (counted in the table), and of as many calls of the network and of
-`torch.randn`, whose results are its operands. The network's answers lie ready, each of them new to
-the step that it is for, as a network's are. All are the best of 20 times `repeats` runs. "Trace" is
+--all: every linear solver of the catalogue. Its minimum is its tableau written out as straight-line
+Python: a statement for each fused operation (counted in the table), call of the network and
+`torch.randn`, without a loop or a check. The network's answers lie ready, each of them new to the
+step that it is for, as a network's are. All are the best of 20 times `repeats` runs. "Trace" is
 the time to make the tableau of 20 steps, once.
 """
 
@@ -186,23 +186,51 @@ def operations(row):
 
 
 def bare(tableau, net, x):
-    """A loop of as many operations: what no solver of so many terms can do without."""
-    shape, time = tuple(x.shape), torch.ones(x.shape[0])
-    buffers = [torch.randn(shape) for _ in range(2)]
-    counts = [operations(row) for row in tableau.rows]
+    """The tableau written out as straight-line Python, a statement for each operation: no loop, no
+    check, coefficients and buffers that lie ready."""
+    given = {"torch": torch, "net": net, "shape": tuple(x.shape), "x": x}
+    given["time"] = torch.ones(x.shape[0])
+    lines, registers = ["y = x.clone()"], ["y"]
 
-    def run():
-        y = x.clone()
-        for spent, calls, draws in counts:
-            operands = [net(y, time) for _ in range(calls)]
-            operands += [torch.randn(shape) for _ in range(draws)]
-            operands += buffers
-            y.mul_(0.5)
-            for k in range(spent - 1):
-                y.add_(operands[k % len(operands)], alpha=0.25)
-        return y
+    def combined(terms, into):
+        """Statements for c_i register_i + ..., in a buffer or, of the state, in place."""
+        (i, c), *rest = terms
+        name, scale = registers[i], f"c{len(given)}"
+        given[scale] = torch.tensor(c)
+        given.setdefault(into, torch.empty_like(x))
+        if into == name:
+            lines.append(f"{into}.mul_({scale})" if c != 1 else "pass")
+        elif c == 1 and rest:
+            (j, b), *rest = rest
+            lines.append(f"torch.add({name}, {registers[j]}, alpha={b!r}, out={into})")
+        else:
+            lines.append(f"torch.mul({name}, {scale}, out={into})")
+        lines.extend(f"{into}.add_({registers[j]}, alpha={b!r})" for j, b in rest)
 
-    return run
+    for k, row in enumerate(tableau.rows):
+        for j, op in enumerate(row.operations):
+            if isinstance(op, Evaluation):
+                if op.terms != ((0, 1.0),):
+                    combined(op.terms, f"stage_{j}")
+                at = "y" if op.terms == ((0, 1.0),) else f"stage_{j}"
+                lines.append(f"r_{k % 8}_{j} = net({at}, time)")
+            else:
+                lines.append(f"r_{k % 8}_{j} = torch.randn(shape)")
+            registers.append(f"r_{k % 8}_{j}")
+        kept = []
+        for j, terms in enumerate(row.memory):
+            if len(terms) == 1 and terms[0][1] == 1.0:
+                kept.append(registers[terms[0][0]])
+            else:
+                combined(terms, f"kept_{k % 8}_{j}")
+                kept.append(f"kept_{k % 8}_{j}")
+        combined(row.state, "y")
+        registers = ["y", *kept]
+    body = "\n    ".join([*lines, "return y"])
+    names = ", ".join(name for name in given if name != "y")
+    exec(f"def make({names}):\n  def run():\n    {body}\n  return run", scope := {})
+    given.pop("y", None)
+    return scope["make"](**given)
 
 
 def measure_one(name, eta, shape, repeats):

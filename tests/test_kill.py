@@ -87,7 +87,8 @@ def torment(server, whole, tmp_path, kills, seed, fault=""):
             ended = end["status"] == 0
             killed += not ended
             saving += not ended and end["saving"]
-        compare(folder, whole[0])
+        if not fault:  # a faulty writer may leave other files even where nothing was lost
+            compare(folder, whole[0])
     return saving
 
 
