@@ -143,12 +143,16 @@ def test_the_card_says_what_was_trained_and_its_lines_run(tmp_path):
     assert names["x"].shape == (16, 2) and names["x"].isfinite().all()
 
 
-def test_a_card_that_the_user_has_changed_is_not_lost(tmp_path):
+@pytest.mark.parametrize("edit", ["mine", "a line", ""])
+def test_a_card_that_the_user_has_changed_is_not_lost(tmp_path, edit):
+    """One that nobody has changed gives way to the new one, and leaves nothing behind."""
     train_run(tmp_path, TINY, quiet=True)
-    (tmp_path / "README.md").write_text("mine")
+    card, aside = tmp_path / "README.md", tmp_path / "README.md.1"
+    changed = "mine" if edit == "mine" else edit + card.read_text()
+    card.write_text(changed)
     train_run(tmp_path, change(steps=13), resume=True, quiet=True)
-    assert (tmp_path / "README.md.1").read_text() == "mine"
-    assert "13 steps" in (tmp_path / "README.md").read_text()
+    assert aside.exists() == bool(edit) and (not edit or aside.read_text() == changed)
+    assert "13 steps" in card.read_text()
 
 
 def test_a_conditional_picture_has_a_row_for_each_class(tmp_path):

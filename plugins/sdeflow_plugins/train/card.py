@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from typing import Any
 
 import torch
 
-from .files import replace_text
+from .files import replace, replace_text
 from .loop import Record
 from .run import Run
 from .state import State
+
+SIGN = "\n<!-- as written by sdeflow: "
 
 
 def write_card(run: Run, state: State, line: Record, facts: dict[str, Any]) -> None:
@@ -18,7 +21,19 @@ def write_card(run: Run, state: State, line: Record, facts: dict[str, Any]) -> N
 
     line: the last one of metrics.csv. facts: what the last checkpoint says beside the weights.
     """
-    replace_text(run.path / "README.md", card(run, state, line, facts))
+    path, text = run.path / "README.md", card(run, state, line, facts)
+    signed = text + _mark(text)
+    if path.is_file():
+        old, _, mark = path.read_text(encoding="utf-8").rpartition(SIGN)
+        if SIGN + mark == _mark(old):  # as it was written: nobody's work is lost
+            replace(path, signed.encode())
+            return
+    replace_text(path, signed)
+
+
+def _mark(text: str) -> str:
+    """A comment by which a card that nobody has changed is known."""
+    return f"{SIGN}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
 def card(run: Run, state: State, line: Record, facts: dict[str, Any]) -> str:
