@@ -62,7 +62,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
             "--nproc-per-node, or use device=cpu"
         )
     precision = recipe.precision
-    if precision == "auto":  # on CPUs bf16 gave 10 to 40 % on one core, less than nothing on two
+    if precision == "auto":  # in bf16 the numbers depend on how a batch is split: asked for on CPUs
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     ranks.agree(
         {
