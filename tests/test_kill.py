@@ -57,7 +57,10 @@ def check(folder, before, end):
         if saved:
             raise Lost(f"step {saved} was saved, nothing is left")
         return 0
-    manifest, complaints = checkpoint.newest_valid(folder / "checkpoints")
+    try:
+        manifest, complaints = checkpoint.newest_valid(folder / "checkpoints")
+    except checkpoint.CheckpointError as error:  # none is whole
+        raise Lost(str(error)) from error
     if complaints:
         raise Lost(complaints[0])
     if checkpoint.step_of(manifest) < saved:

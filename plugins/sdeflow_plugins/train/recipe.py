@@ -60,9 +60,9 @@ class Recipe:
         posthoc_every: steps between two snapshots for post-hoc averages; 0 takes none.
         posthoc_widths: the relative widths of the averages in the snapshots.
         seed: of the initial weights, the order of the data, the noise; a whole number >= 0.
-        precision: fp32, bf16 (mixed), or auto: bf16 on a CUDA device that has it, else fp32. On a CPU
-            with bf16 instructions bf16 takes 0.9 (digits) to 0.6 (three levels at 32 x 32) of the
-            time, but its numbers depend on how a batch is split.
+        precision: fp32, bf16 (mixed), or auto: bf16 on a CUDA device that has it, else fp32. On a
+            CPU with bf16 instructions bf16 takes 0.9 (digits) to 0.6 (three levels at 32 x 32) of
+            the time, but its numbers depend on how a batch is split.
         compile: whether torch.compile makes the network's kernels; it needs a C++ compiler.
         device: auto, cpu or cuda.
         strategy: of several processes: ddp (each holds all weights), fsdp (sharded), or auto: ddp.
