@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 import torch
 from sdeflow_plugins.train import checkpoint
+from sdeflow_plugins.train.average import exponent, power_decay
 from sdeflow_plugins.train.engine import make_fabric
 from sdeflow_plugins.train.loop import training
-from sdeflow_plugins.train.posthoc import (
-    combination,
-    exponent,
-    power_decay,
-    reconstruct,
-    take_snapshot,
-)
+from sdeflow_plugins.train.posthoc import combination, reconstruct, take_snapshot
 from sdeflow_plugins.train.recipe import Recipe
 from sdeflow_plugins.train.state import State
 

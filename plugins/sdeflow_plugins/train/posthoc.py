@@ -1,8 +1,7 @@
-"""Power averages of the weights, and post-hoc EMA: an average of any width after the training.
+"""Post-hoc EMA: a power average of the weights of any width, after the training.
 
-A power average after t steps weighs the weights of step s by p(s) ~ s^gamma on [0, t], so its
-width stays a fixed share of the run, however long that gets. The run tracks a few of them and takes
-snapshots; a linear combination of the snapshots comes close to the average of any other width.
+The run tracks a few power averages and takes snapshots; a linear combination of the snapshots comes
+close to the average of any other width.
 
 Source: Karras et al. (2024, EDM2), section 3 and appendix C. The package ema-pytorch has it too,
 but keeps its snapshots as pickles, which nothing here ever loads.
@@ -11,7 +10,6 @@ but keeps its snapshots as pickles, which nothing here ever loads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,12 +19,11 @@ from torch import Tensor
 from sdeflow.errors import ArgumentError
 
 from . import checkpoint
+from .average import exponent
 
 if TYPE_CHECKING:
     from .state import State
 
-WIDEST = 0.28
-"""The largest relative width; that of a flat average is 0.289."""
 FAR = 0.3
 """A combination whose profile is farther off than this is refused; none at all has distance 1."""
 
@@ -41,28 +38,6 @@ class Posthoc(NamedTuple):
     tensors: dict[str, Tensor]
     step: int
     distance: float
-
-
-def power_decay(width: float, n: int) -> float:
-    """beta(t) = (1 - 1/t)^(gamma + 1) of the power average, t = n + 1 its updates with this one.
-
-    After t updates those of step s have the share (s/t)^(gamma + 1) - ((s - 1)/t)^(gamma + 1).
-    Source: Karras et al. (2024), eq. 127.
-    """
-    return (1 - 1 / (n + 1)) ** (exponent(width) + 1)
-
-
-@cache
-def exponent(width: float) -> float:
-    """gamma of the profile p(s) ~ s^gamma on [0, t] whose standard deviation is width * t.
-
-    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
-    Source: Karras et al. (2024), eq. 126 and algorithm 2.
-    """
-    if not 0 < width <= WIDEST:
-        raise ArgumentError(f"width={width!r} of a power average must be in (0, {WIDEST}]")
-    tail = width**-2
-    return float(np.roots([1, 7, 16 - tail, 12 - tail]).real.max())
 
 
 # ---- during the training

@@ -20,7 +20,7 @@ from sdeflow.plugins import plugins
 from sdeflow.sde import GaussianSDE
 
 from ..build import build, option_names
-from .posthoc import WIDEST
+from .average import WIDEST
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sdeflow.errors import NonFiniteError
 
-from .posthoc import power_decay
+from .average import power_decay
 from .recipe import Recipe
 
 
@@ -146,7 +146,7 @@ def decay_of(recipe: Recipe) -> Callable[[int], float]:
     """n -> d of the recipe's average, n updates having been made; the first one copies, d = 0.
 
     constant: d = min(ema, (1 + n)/(10 + n)): a young average forgets its random start.
-    power: (1 - 1/(n + 1))^(gamma + 1), see `posthoc`.
+    power: (1 - 1/(n + 1))^(gamma + 1), see `average`.
     """
     if recipe.ema_kind == "power":
         return lambda n: power_decay(recipe.ema_width, n)
